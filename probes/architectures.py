@@ -1,0 +1,252 @@
+"""`Architecture`: a model's figures without its weights, from a bundled name, a file, or a hub id."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lora_advisor.probes.errors import AdvisorError, DataError, MissingInputError, UsageError
+
+#: Figures that must be whole and at least 1 where a config.json gives them.
+_COUNTS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "vocab_size", "head_dim", "max_position_embeddings",
+)  # fmt: skip
+
+#: Above these a config.json is taken for damaged: ten times the largest published models.
+_CEILINGS = {"hidden_size": 300_000, "num_hidden_layers": 2_000, "vocab_size": 3_000_000}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The figures a model is built from.
+
+    Attributes:
+        name: What the user called it.
+        hf_config: The content of its config.json.
+        weights: Folder or hub id that holds the weights; None when there are only figures.
+        source: Where the figures come from.
+        trust_remote_code: Whether code that comes with the model may run.
+    """
+
+    name: str
+    hf_config: Mapping[str, Any]
+    weights: str | None = None
+    source: str = ""
+    trust_remote_code: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the figures that decide memory and time; names and weights do not count."""
+        ignored = {"_name_or_path", "architectures", "torch_dtype", "dtype", "transformers_version"}
+        figures = {key: value for key, value in self.hf_config.items() if key not in ignored}
+        text = json.dumps(figures, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.hf_config["num_hidden_layers"])
+
+
+@cache
+def bundled_names() -> tuple[str, ...]:
+    """Names of the architectures that ship with the package."""
+    folder = resources.files(__package__) / "architectures"
+    return tuple(
+        sorted(file.name[: -len(".json")] for file in folder.iterdir() if file.name.endswith(".json"))
+    )
+
+
+def load_bundled(name: str) -> Architecture:
+    """Read one architecture that ships with the package."""
+    text = (resources.files(__package__) / "architectures" / f"{name}.json").read_text("utf-8")
+    data = json.loads(text)
+    return Architecture(name=name, hf_config=data["config"], source=data["source"])
+
+
+def from_hf_config(name: str, hf_config: object, *, source: str = "given inline") -> Architecture:
+    """Take the content of a config.json as it is.
+
+    Raises:
+        DataError: It is no JSON object, or a figure is impossible.
+    """
+    check_hf_config(hf_config, where=source)
+    assert isinstance(hf_config, Mapping)
+    return Architecture(name=name, hf_config=hf_config, source=source)
+
+
+def resolve_architecture(model: str, *, trust_remote_code: bool = False) -> Architecture:
+    """Find a model's figures.
+
+    Args:
+        model: Bundled name, folder, path of a config.json, or hub id.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        UsageError: No such bundled name, and neither a path nor a hub id.
+        MissingInputError: The folder, file or hub id cannot be read.
+        DataError: The config.json is malformed or impossible.
+    """
+    if model.lower() in bundled_names():
+        return load_bundled(model.lower())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _from_folder(path, trust_remote_code)
+    if path.is_file():
+        return _from_file(path)
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".json"):
+        return _from_hub(model, trust_remote_code)
+    if "/" in model or model.endswith(".json"):
+        raise MissingInputError(f"`{model}` must be a folder or a config.json, but nothing is there.")
+    close = difflib.get_close_matches(model.lower(), bundled_names(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"names: {', '.join(bundled_names())}."
+    raise UsageError(
+        f"`{model}` is no bundled model, no folder and no hub id (owner/name); {hint}"
+    )
+
+
+def _from_folder(folder: Path, trust_remote_code: bool) -> Architecture:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise MissingInputError(f"`{folder}` must hold a config.json, but it has none.")
+    hf_config = _read_config(file)
+    has_weights = any(folder.glob("*.safetensors"))
+    if not has_weights and (any(folder.glob("*.bin")) or any(folder.glob("*.pt"))):
+        raise DataError(
+            f"`{folder}` must hold safetensors weights, but has only pickled ones, which can run "
+            "code when read; convert them with save_pretrained first."
+        )
+    return Architecture(
+        name=folder.name,
+        hf_config=hf_config,
+        weights=str(folder.resolve()) if has_weights else None,
+        source=str(file),
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _from_file(file: Path) -> Architecture:
+    return Architecture(name=file.parent.name or file.stem, hf_config=_read_config(file), source=str(file))
+
+
+def _read_config(file: Path) -> Mapping[str, Any]:
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"`{file}` must be JSON, but it cannot be read: {error}.") from None
+    check_hf_config(data, where=str(file))
+    assert isinstance(data, Mapping)
+    return data
+
+
+def _from_hub(hub_id: str, trust_remote_code: bool) -> Architecture:
+    for name in bundled_names():
+        text = (resources.files(__package__) / "architectures" / f"{name}.json").read_text("utf-8")
+        data = json.loads(text)
+        if str(data.get("hub_id", "")).lower() == hub_id.lower():
+            return Architecture(
+                name=hub_id,
+                hf_config=data["config"],
+                weights=hub_id,
+                source=data["source"],
+                trust_remote_code=trust_remote_code,
+            )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = Path(hf_hub_download(hub_id, "config.json"))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise MissingInputError(
+            f"`{hub_id}` must be a model that the hub serves, but its config.json cannot be fetched "
+            f"({reason}); check the name and the network, or give a folder."
+        ) from None
+    return Architecture(
+        name=hub_id,
+        hf_config=_read_config(file),
+        weights=hub_id,
+        source=f"https://huggingface.co/{hub_id}",
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def check_hf_config(data: object, *, where: str) -> None:
+    """Refuse figures no model can have.
+
+    Raises:
+        DataError: With the figure, what came, and what must hold.
+    """
+    if not isinstance(data, Mapping):
+        raise DataError(f"{where}: a config.json must hold a JSON object, but got {type(data).__name__}.")
+    if not isinstance(data.get("model_type"), str):
+        raise DataError(f"{where}: `model_type` must name the architecture, but got {data.get('model_type')!r}.")
+    for name in _COUNTS:
+        value = data.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DataError(f"{where}: `{name}` must be a whole number of at least 1, but got {value!r}.")
+        if value > _CEILINGS.get(name, 10**9):
+            raise DataError(f"{where}: `{name}` must be at most {_CEILINGS.get(name, 10**9)}, but got {value}.")
+    hidden, heads = data.get("hidden_size"), data.get("num_attention_heads")
+    if hidden and heads and data.get("head_dim") is None and hidden % heads:
+        raise DataError(
+            f"{where}: `num_attention_heads` must divide `hidden_size`, but {heads} does not divide {hidden}."
+        )
+    kv_heads = data.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        raise DataError(
+            f"{where}: `num_key_value_heads` must divide `num_attention_heads`, but {kv_heads} does not divide {heads}."
+        )
+    if data.get("num_hidden_layers") is None and data.get("n_layer") is None and "text_config" not in data:
+        raise DataError(f"{where}: `num_hidden_layers` must be given.")
+
+
+def build_hf_config(architecture: Architecture, *, layers: int | None = None) -> Any:
+    """Return the transformers configuration object.
+
+    Args:
+        architecture: The figures.
+        layers: Build with only this many decoder layers; None for all.
+
+    Raises:
+        UsageError: transformers does not know the architecture.
+        DataError: transformers refuses the figures.
+    """
+    from transformers import AutoConfig
+
+    figures = {key: value for key, value in architecture.hf_config.items() if key != "model_type"}
+    model_type = architecture.hf_config["model_type"]
+    if layers is not None:
+        figures["num_hidden_layers"] = layers
+        if isinstance(figures.get("layer_types"), list):
+            figures["layer_types"] = figures["layer_types"][:layers]
+    if "auto_map" in figures and not architecture.trust_remote_code:
+        figures.pop("auto_map")
+    try:
+        config = AutoConfig.for_model(model_type, **figures)
+    except ValueError as error:
+        if "Unrecognized model identifier" in str(error) or "model_type" in str(error):
+            raise UsageError(
+                f"`{architecture.name}` is of model type {model_type!r}, which this version of "
+                "transformers does not know; only architectures it can build are supported."
+            ) from None
+        raise DataError(f"`{architecture.name}` cannot be built: {_first_line(error)}") from None
+    except AdvisorError:
+        raise
+    except Exception as error:  # transformers validates figures with many exception types
+        raise DataError(f"`{architecture.name}` cannot be built: {_first_line(error)}") from None
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

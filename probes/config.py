@@ -1,0 +1,315 @@
+"""`RunConfig`: one training configuration, and the words it may use.
+
+The same JSON stands in plans, probe records, `predict` and exports. A configuration that exists is
+legal: every check is made when it is built, and the message names the field, what came and why not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from lora_advisor.probes.errors import UsageError
+
+TRAINERS = ("trl", "transformers", "loop")
+#: Engines whose rows are read from records but whose steps are not built here.
+FOREIGN_TRAINERS = ("unsloth",)
+METHODS = ("lora", "qlora", "full")
+QUANT_TYPES = ("nf4", "fp4")
+PRECISIONS = ("bf16", "fp16", "fp32")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+KERNELS = ("none", "liger")
+LOSSES = ("full", "fused")
+COMPILES = ("off", "layers", "model")
+ALLOCATORS = ("default", "expandable_segments")
+
+#: transformers.training_args.OptimizerNames (5.23), copied so that reading a configuration needs
+#: no import of transformers; a test compares the two.
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor",
+    "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad",
+    "adamw_bnb_8bit", "adamw_8bit", "ademamix_8bit", "lion_8bit", "lion_32bit",
+    "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+    "paged_lion_32bit", "paged_lion_8bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor",
+    "galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo",
+    "adalomo", "grokadamw", "schedule_free_radam", "schedule_free_adamw", "schedule_free_sgd",
+    "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraShape:
+    """The adapter: rank, scale, dropout and the modules that carry it.
+
+    Attributes:
+        r: Rank of the two factors, at least 1.
+        alpha: Scale; the update is multiplied by alpha / r.
+        dropout: Share of the adapter's input set to zero, in [0, 1).
+        targets: "all-linear" (every linear layer but the head) or names of modules.
+    """
+
+    r: int
+    alpha: float
+    dropout: float
+    targets: str | tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse what peft would refuse, or accept and misread."""
+        _check_whole("lora.r", self.r, least=1)
+        _check_number("lora.alpha", self.alpha, above=0)
+        _check_number("lora.dropout", self.dropout, above=None)
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"`lora.dropout` must lie in [0, 1), but got {self.dropout!r}.")
+        if isinstance(self.targets, str):
+            if self.targets != "all-linear":
+                raise UsageError(
+                    "`lora.targets` must be \"all-linear\" or a list of module names, but got "
+                    f"{self.targets!r}; write [{self.targets!r}] for a single module."
+                )
+        elif not self.targets or not all(isinstance(name, str) and name for name in self.targets):
+            raise UsageError(
+                f"`lora.targets` must name at least one module, but got {list(self.targets)!r}."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form; `targets` is a string or a list."""
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        return {"r": self.r, "alpha": self.alpha, "dropout": self.dropout, "targets": targets}
+
+    @classmethod
+    def from_json(cls, data: object) -> Self:
+        """Read the JSON form; all four fields must be there."""
+        values = _fields(cls, data, where="lora.")
+        targets = values["targets"]
+        if isinstance(targets, list):
+            values["targets"] = tuple(targets)
+        elif not isinstance(targets, str):
+            raise UsageError(
+                f"`lora.targets` must be \"all-linear\" or a list of names, but got {targets!r}."
+            )
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One training configuration.
+
+    Attributes:
+        model: Bundled name, folder, path of a config.json, or hub id.
+        trainer: "trl" (SFTTrainer), "transformers" (Trainer) or "loop" (a bare PyTorch loop without
+            autocast that keeps its outputs until the next step).
+        method: "lora", "qlora" or "full".
+        quant_type: Type of the 4-bit base weights: "nf4" or "fp4"; null without quantisation.
+        double_quant: Whether the quantisation constants are quantised too; null without.
+        micro_batch: Sequences in one forward pass.
+        accumulation: Micro-batches in one optimizer step.
+        seq_len: Tokens in one sequence, padding included.
+        optimizer: A name of transformers' OptimizerNames.
+        precision: "bf16", "fp16" or "fp32".
+        checkpointing: "off", "full" (every layer), "every_N" (every N-th layer), or "offload" (every
+            layer, what is stored is held in host memory).
+        attention: "sdpa", "eager" or "flash_attention_2".
+        kernels: "none" or "liger".
+        loss: "full" (logits of all tokens at once) or "fused" (in tiles, never all at once).
+        fp32_upcast: Whether peft's prepare_model_for_kbit_training is applied.
+        lora: The adapter; null for method "full".
+        compile: "off", "layers" (each decoder layer) or "model".
+        allocator: "default" or "expandable_segments".
+        packing: Whether short rows share a sequence.
+    """
+
+    model: str
+    trainer: str = "trl"
+    method: str
+    quant_type: str | None = None
+    double_quant: bool | None = None
+    micro_batch: int
+    accumulation: int = 1
+    seq_len: int
+    optimizer: str
+    precision: str
+    checkpointing: str
+    attention: str
+    kernels: str
+    loss: str
+    fp32_upcast: bool = False
+    lora: LoraShape | None = None
+    compile: str
+    allocator: str
+    packing: bool = False
+
+    def __post_init__(self) -> None:
+        """Fill the defaults that depend on the method, then refuse every illegal combination."""
+        if not isinstance(self.model, str) or not self.model:
+            raise UsageError(f"`model` must be a name or a path, but got {self.model!r}.")
+        _check_word("trainer", self.trainer, TRAINERS + FOREIGN_TRAINERS)
+        _check_word("method", self.method, METHODS)
+        if self.method == "qlora":
+            if self.quant_type is None:
+                object.__setattr__(self, "quant_type", "nf4")
+            if self.double_quant is None:
+                object.__setattr__(self, "double_quant", True)
+            _check_word("quant_type", self.quant_type, QUANT_TYPES)
+            _check_flag("double_quant", self.double_quant)
+        else:
+            for name, value in (("quant_type", self.quant_type), ("double_quant", self.double_quant)):
+                if value is not None and value is not False:
+                    raise UsageError(
+                        f"`{name}` must be null with method {self.method!r}, which does not quantise "
+                        f'the base model, but got {value!r}; use method "qlora".'
+                    )
+            object.__setattr__(self, "double_quant", None)
+        for name in ("micro_batch", "accumulation"):
+            _check_whole(name, getattr(self, name), least=1)
+        _check_whole("seq_len", self.seq_len, least=2)
+        _check_word("optimizer", self.optimizer, OPTIMIZERS)
+        _check_word("precision", self.precision, PRECISIONS)
+        _check_word("attention", self.attention, ATTENTIONS)
+        _check_word("kernels", self.kernels, KERNELS)
+        _check_word("loss", self.loss, LOSSES)
+        _check_word("compile", self.compile, COMPILES)
+        _check_word("allocator", self.allocator, ALLOCATORS)
+        _check_flag("fp32_upcast", self.fp32_upcast)
+        _check_flag("packing", self.packing)
+        self._check_checkpointing()
+        self._check_combinations()
+
+    def _check_checkpointing(self) -> None:
+        if self.checkpointing in ("off", "full", "offload"):
+            return
+        if self.trainer in FOREIGN_TRAINERS and self.checkpointing == self.trainer:
+            return
+        match = re.fullmatch(r"every_([1-9][0-9]*)", str(self.checkpointing))
+        if match is None or int(match[1]) < 2:
+            raise UsageError(
+                '`checkpointing` must be "off", "full", "offload" or "every_N" with N of at least 2, '
+                f"but got {self.checkpointing!r}."
+            )
+
+    def _check_combinations(self) -> None:
+        if self.method == "full":
+            if self.lora is not None:
+                raise UsageError('`lora` must be null with method "full", which trains no adapter.')
+            if self.fp32_upcast:
+                raise UsageError(
+                    '`fp32_upcast` must be false with method "full": '
+                    "prepare_model_for_kbit_training freezes the weights that are to be trained."
+                )
+        elif not isinstance(self.lora, LoraShape):
+            raise UsageError(f"`lora` must be given with method {self.method!r}.")
+        if self.trainer == "trl" and self.loss == "full":
+            raise UsageError(
+                '`loss` must be "fused" with trainer "trl": SFTTrainer (TRL 1.15 and later) always '
+                'computes it in tiles. Use trainer "transformers" for "full".'
+            )
+        if self.trainer in ("transformers", "loop") and self.loss == "fused" and self.kernels != "liger":
+            raise UsageError(
+                f'`loss` "fused" needs kernels "liger" with trainer {self.trainer!r}, which has no '
+                'fused loss of its own; use trainer "trl" or loss "full".'
+            )
+        if self.packing and self.trainer not in ("trl", *FOREIGN_TRAINERS):
+            raise UsageError(
+                f'`packing` must be false with trainer {self.trainer!r}: only "trl" packs rows.'
+            )
+        if self.attention == "flash_attention_2" and self.precision == "fp32":
+            raise UsageError(
+                '`attention` "flash_attention_2" needs precision "bf16" or "fp16": the kernel has no '
+                "fp32 form."
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in one micro-batch, padding included."""
+        return self.micro_batch * self.seq_len
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in one optimizer step, padding included."""
+        return self.tokens * self.accumulation
+
+    @property
+    def checkpoint_every(self) -> int | None:
+        """Every how many layers one is checkpointed; None when none is."""
+        if self.checkpointing == "off":
+            return None
+        match = re.fullmatch(r"every_(\d+)", self.checkpointing)
+        return int(match[1]) if match else 1
+
+    @property
+    def is_buildable(self) -> bool:
+        """Whether this project can build the step (rows of other engines are only read)."""
+        return self.trainer not in FOREIGN_TRAINERS
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, checked like any other."""
+        if changes.get("method", self.method) != "qlora":
+            changes.setdefault("quant_type", None)
+            changes.setdefault("double_quant", None)
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, every field written out."""
+        data: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        data["lora"] = None if self.lora is None else self.lora.to_json()
+        return data
+
+    @classmethod
+    def from_json(cls, data: object) -> Self:
+        """Read the JSON form.
+
+        Raises:
+            UsageError: A field is unknown, missing, of the wrong type, or does not go with another.
+        """
+        values = _fields(cls, data, where="")
+        lora = values.get("lora")
+        values["lora"] = None if lora is None else LoraShape.from_json(lora)
+        return cls(**values)
+
+
+def _fields(cls: type, data: object, *, where: str) -> dict[str, Any]:
+    """Return `data` as keyword arguments of the dataclass `cls`, with all names checked."""
+    if not isinstance(data, Mapping):
+        raise UsageError(f"`{where.rstrip('.') or 'config'}` must be a JSON object, but got {data!r}.")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise UsageError(
+            f"`{where}{unknown[0]}` is not a field of {cls.__name__}; the fields are "
+            f"{', '.join(fields)}."
+        )
+    missing = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and name not in data
+    ]
+    if missing:
+        raise UsageError(f"`{where}{missing[0]}` must be given: it has no default.")
+    return dict(data)
+
+
+def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:
+    if value not in words:
+        raise UsageError(f"`{name}` must be one of {', '.join(words)}, but got {value!r}.")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise UsageError(f"`{name}` must be true or false, but got {value!r}.")
+
+
+def _check_whole(name: str, value: object, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"`{name}` must be a whole number of at least {least}, but got {value!r}.")
+
+
+def _check_number(name: str, value: object, *, above: float | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UsageError(f"`{name}` must be a number, but got {value!r}.")
+    if above is not None and not value > above:
+        raise UsageError(f"`{name}` must be above {above}, but got {value!r}.")

@@ -1,0 +1,310 @@
+"""The training step, built in ONE place.
+
+The trace, the probes and the full training all call `build_trainer` and then the `train` of what it
+returns; they differ in the model's tensors (fake or real), the rows and the number of steps. So a
+probe is the first steps of the training it stands for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lora_advisor.probes.config import RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+#: Rows are tokenised: {"input_ids": [...], "labels": [...]} with -100 where no loss is taken.
+Row = Mapping[str, list[int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes:
+        max_steps: Optimizer steps; -1 to follow `epochs`.
+        epochs: Passes over the rows, where `max_steps` is -1.
+        learning_rate: Peak learning rate. 2e-4 is the QLoRA paper's for models up to 13B
+            (arXiv 2305.14314, table 9).
+        warmup_steps: Steps of linear warm-up.
+        scheduler: A name of transformers' SchedulerType.
+        seed: Of the data order, dropout and the adapter's start.
+        shuffle: Whether the rows are shuffled.
+        output_dir: Where checkpoints go.
+        save_steps: Steps between two checkpoints; None for none.
+        eval_rows: Rows to evaluate on; None for none.
+        logging_steps: Steps between two log lines; None for none.
+        eval_batch: Sequences in one evaluation batch.
+    """
+
+    max_steps: int = -1
+    epochs: float = 1.0
+    learning_rate: float = 2e-4
+    warmup_steps: int = 0
+    scheduler: str = "constant"
+    seed: int = 0
+    shuffle: bool = False
+    output_dir: str | None = None
+    save_steps: int | None = None
+    logging_steps: int | None = None
+    eval_rows: Sequence[Row] | None = field(default=None, repr=False)
+    eval_batch: int = 1
+
+
+def lora_config(config: RunConfig) -> Any:
+    """Return peft's LoraConfig."""
+    from peft import LoraConfig
+
+    shape = config.lora
+    assert shape is not None
+    targets = shape.targets if isinstance(shape.targets, str) else list(shape.targets)
+    return LoraConfig(
+        r=shape.r,
+        lora_alpha=shape.alpha,  # type: ignore[arg-type]
+        lora_dropout=shape.dropout,
+        target_modules=targets,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+def training_arguments(config: RunConfig, schedule: Schedule, *, device: str) -> dict[str, Any]:
+    """Return the keyword arguments that transformers' and TRL's arguments have in common."""
+    checkpointing: dict[str, Any] = {}
+    if config.checkpoint_every is not None:
+        checkpointing = {"use_reentrant": False}
+        if config.checkpoint_every > 1:
+            checkpointing["every_n_layers"] = config.checkpoint_every
+        if config.checkpointing == "offload":
+            checkpointing["offload"] = True
+    autocast = config.trainer != "loop"
+    arguments: dict[str, Any] = {
+        "output_dir": schedule.output_dir,
+        "per_device_train_batch_size": config.micro_batch,
+        "per_device_eval_batch_size": schedule.eval_batch,
+        "gradient_accumulation_steps": config.accumulation,
+        "max_steps": schedule.max_steps,
+        "num_train_epochs": schedule.epochs,
+        "learning_rate": schedule.learning_rate,
+        "lr_scheduler_type": schedule.scheduler,
+        "warmup_steps": schedule.warmup_steps,
+        "optim": config.optimizer,
+        "bf16": autocast and config.precision == "bf16",
+        "fp16": autocast and config.precision == "fp16" and device == "cuda",
+        "activation_checkpointing": config.checkpoint_every is not None,
+        "activation_checkpointing_kwargs": checkpointing or None,
+        "torch_compile": config.compile == "model",
+        "use_liger_kernel": config.kernels == "liger",
+        "liger_kernel_config": _liger_config(config),
+        "use_cpu": device != "cuda",
+        "seed": schedule.seed,
+        "train_sampling_strategy": "random" if schedule.shuffle else "sequential",
+        "save_strategy": "no" if schedule.save_steps is None else "steps",
+        "eval_strategy": "no",
+        "logging_strategy": "no" if schedule.logging_steps is None else "steps",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "dataloader_pin_memory": device == "cuda",
+        "remove_unused_columns": False,
+        # The bare loop clips nothing; the trainers clip at 1.0, their default.
+        "max_grad_norm": 1.0 if autocast else 0.0,
+    }
+    if schedule.save_steps is not None:
+        arguments["save_steps"] = schedule.save_steps
+        arguments["save_total_limit"] = 2
+    if schedule.logging_steps is not None:
+        arguments["logging_steps"] = schedule.logging_steps
+    return arguments
+
+
+def _liger_config(config: RunConfig) -> dict[str, bool] | None:
+    if config.kernels != "liger":
+        return None
+    fused = config.loss == "fused" and config.trainer != "trl"  # TRL brings its own fused loss
+    return {"fused_linear_cross_entropy": fused, "cross_entropy": False}
+
+
+def build_trainer(
+    config: RunConfig,
+    model: PreTrainedModel,
+    *,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    schedule: Schedule,
+    device: str,
+    callbacks: Sequence[Any] = (),
+) -> Trainer:
+    """Return the trainer of a configuration, ready for `train()`.
+
+    Args:
+        config: What to build.
+        model: The base model, on its device and quantised if the configuration says so.
+        rows: Tokenised training rows.
+        tokenizer: Gives the padding token.
+        schedule: How long to train.
+        device: "cuda" or "cpu".
+        callbacks: transformers' TrainerCallbacks.
+    """
+    model.config.use_cache = False
+    if config.fp32_upcast:
+        _upcast(config, model)
+    if config.compile == "layers":
+        for layer in decoder_layers(model):
+            layer.compile(dynamic=False)
+    arguments = training_arguments(config, schedule, device=device)
+    with _quiet_deprecations():
+        if config.trainer == "trl":
+            trainer = _trl_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
+        else:
+            trainer = _plain_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
+    if config.precision == "fp16":
+        # TRL casts the adapters of a quantised model to bf16, which a GradScaler cannot unscale.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad and parameter.dtype == _bfloat16():
+                parameter.data = parameter.data.float()
+    return trainer
+
+
+def _trl_trainer(
+    config: RunConfig,
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    schedule: Schedule,
+    arguments: dict[str, Any],
+    callbacks: Sequence[Any],
+) -> Trainer:
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **arguments,
+            max_length=config.seq_len,
+            packing=config.packing,
+            eval_packing=False,
+            # Rows are tokenised, labelled and cut; only packing is left to do.
+            dataset_kwargs={"skip_prepare_dataset": not config.packing},
+        ),
+        train_dataset=_dataset(rows),
+        eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
+        processing_class=tokenizer,
+        peft_config=None if config.method == "full" else lora_config(config),
+        callbacks=list(callbacks),
+    )
+
+
+def _plain_trainer(
+    config: RunConfig,
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    schedule: Schedule,
+    arguments: dict[str, Any],
+    callbacks: Sequence[Any],
+) -> Trainer:
+    from peft import get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    from lora_advisor.probes.dataset import Collator
+
+    trained: Any = model
+    if config.method != "full":
+        trained = get_peft_model(model, lora_config(config))
+        if config.checkpoint_every is not None:
+            trained.enable_input_require_grads()
+    kind = _loop_trainer() if config.trainer == "loop" else Trainer
+    return kind(
+        model=trained,
+        args=TrainingArguments(**arguments),
+        train_dataset=_dataset(rows),
+        eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
+        data_collator=Collator(pad_token_id=int(tokenizer.pad_token_id or 0)),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+
+
+def _loop_trainer() -> type[Trainer]:
+    """Return a Trainer cut down to a bare loop: no autocast, no clipping, outputs kept.
+
+    A loop that people write themselves binds the model's outputs to a name, so the logits of a step
+    live until those of the next one replace them. What Trainer still adds (order of the data,
+    checkpoints, evaluation) allocates nothing on the device inside a step.
+    """
+    import torch
+    from transformers import Trainer
+
+    class LoopTrainer(Trainer):
+        """Trainer without autocast that keeps its outputs until the next step."""
+
+        def compute_loss(
+            self,
+            model: torch.nn.Module,
+            inputs: dict[str, Any],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            loss, self.kept_outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+            return (loss, self.kept_outputs) if return_outputs else loss
+
+    return LoopTrainer
+
+
+def _upcast(config: RunConfig, model: PreTrainedModel) -> None:
+    from peft import prepare_model_for_kbit_training
+
+    prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=config.checkpoint_every is not None,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """Return the repeated layers of a model, first to last."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _dataset(rows: Sequence[Row]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
+
+
+def _bfloat16() -> Any:
+    import torch
+
+    return torch.bfloat16
+
+
+@contextlib.contextmanager
+def _quiet_deprecations() -> Iterator[None]:
+    """Silence TRL's notice that `use_liger_kernel` will go: it is what this TRL version offers."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*use_liger_kernel.*", category=FutureWarning)
+        yield
+
+
+def placeholder_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
+    """Return a tokenizer for runs on random tokens, where only the padding token matters."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<eos>": min(1, vocab_size - 1)}
+    return PreTrainedTokenizerFast(  # type: ignore[no-any-return]
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )

@@ -1,0 +1,210 @@
+"""Build the model of a configuration: random or stored weights, quantised as it says.
+
+Random weights cost the same memory and time as trained ones, so a probe needs no download. The
+model is laid out on the meta device and filled one module after the other, so that a 4-bit model
+never stands in 16 bits as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lora_advisor.probes.architectures import Architecture, build_hf_config
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.errors import MissingInputError, UnavailableError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+#: Quantises one bitsandbytes layer in place, given the values its weight shall have.
+Quantise = Callable[[Any, "torch.Tensor"], None]
+
+
+def weights_dtype(config: RunConfig) -> torch.dtype:
+    """Return the dtype the base weights (those not in 4 bits) are held in.
+
+    Full fine-tuning in fp16 keeps fp32 weights where a GradScaler is used: it cannot unscale fp16
+    gradients (torch/amp/grad_scaler.py, `_unscale_grads_`).
+    """
+    import torch
+
+    if config.precision == "bf16":
+        return torch.bfloat16
+    if config.precision == "fp16" and not (config.method == "full" and config.trainer != "loop"):
+        return torch.float16
+    return torch.float32
+
+
+def quantization_config(config: RunConfig) -> Any:
+    """Return the BitsAndBytesConfig of a "qlora" configuration, nothing left to defaults."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quant_type,
+        bnb_4bit_use_double_quant=config.double_quant,
+        bnb_4bit_compute_dtype=weights_dtype(config),
+    )
+
+
+def load_model(config: RunConfig, architecture: Architecture, device: str) -> PreTrainedModel:
+    """Return the base model on `device`, with its stored weights or, lacking them, random ones.
+
+    Raises:
+        MissingInputError: The stored weights cannot be read.
+    """
+    if architecture.weights is None:
+        return random_model(config, architecture, device, quantise=quantise_layer)
+    from transformers import AutoModelForCausalLM
+
+    extra = {"quantization_config": quantization_config(config)} if config.method == "qlora" else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            architecture.weights,
+            dtype=weights_dtype(config),
+            attn_implementation=config.attention,
+            device_map={"": device},
+            use_safetensors=True,
+            trust_remote_code=architecture.trust_remote_code,
+            **extra,
+        )
+    except OSError as error:
+        raise MissingInputError(
+            f"the weights of `{architecture.name}` must be readable, but {str(error).splitlines()[0]}"
+        ) from None
+    keep_trainable(model)
+    return model  # type: ignore[no-any-return]
+
+
+def random_model(
+    config: RunConfig, architecture: Architecture, device: str, *, quantise: Quantise
+) -> PreTrainedModel:
+    """Return the model with random weights on `device`."""
+    model = skeleton(config, architecture, device)
+    fill(model, weights_dtype(config), device, quantise)
+    return model
+
+
+def skeleton(
+    config: RunConfig, architecture: Architecture, device: str, *, layers: int | None = None
+) -> PreTrainedModel:
+    """Return the model on the meta device, its linear layers replaced by 4-bit ones for "qlora".
+
+    Args:
+        config: What decides dtype, attention and quantisation.
+        architecture: The figures.
+        device: Where the weights shall live in the end.
+        layers: Build only this many decoder layers; None for all.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+    from transformers.quantizers import AutoHfQuantizer
+
+    hf_config = build_hf_config(architecture, layers=layers)
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            hf_config,
+            dtype=weights_dtype(config),
+            attn_implementation=config.attention,
+            trust_remote_code=architecture.trust_remote_code,
+        )
+    if config.method == "qlora":
+        quantizer = AutoHfQuantizer.from_config(quantization_config(config), pre_quantized=False)
+        quantizer.preprocess_model(model=model, device_map={"": device})
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer
+    return model  # type: ignore[no-any-return]
+
+
+def fill(model: PreTrainedModel, dtype: torch.dtype, device: str, quantise: Quantise) -> None:
+    """Give every parameter and buffer of a meta model storage on `device` and values."""
+    import torch
+
+    quantised = quantised_layers(model)
+    made: dict[int, torch.nn.Parameter] = {}  # tied parameters are one object under two names
+    for module in model.modules():
+        for name, old in list(module._parameters.items()):
+            if old is None or old.device.type != "meta":
+                continue
+            if module in quantised and name == "weight":
+                values = torch.empty(module.out_features, module.in_features, dtype=dtype, device=device)
+                quantise(module, values.normal_(0.0, 0.02))
+                continue
+            if id(old) not in made:
+                kind = dtype if module in quantised else old.dtype
+                values = torch.empty(old.shape, dtype=kind, device=device)
+                made[id(old)] = torch.nn.Parameter(values, requires_grad=old.requires_grad)
+            module._parameters[name] = made[id(old)]
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.device.type == "meta":
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    for module in model.modules():
+        module._is_hf_initialized = module in quantised
+        if module in quantised and module.bias is not None:
+            torch.nn.init.zeros_(module.bias)
+    model.initialize_weights()
+    keep_trainable(model)
+
+
+def quantised_layers(model: Any) -> set[Any]:
+    """Return the 4-bit layers of a model; empty without bitsandbytes' layers."""
+    import sys
+
+    if "bitsandbytes" not in sys.modules:
+        return set()
+    import bitsandbytes as bnb
+
+    return {module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)}
+
+
+def quantise_layer(layer: Any, values: torch.Tensor) -> None:
+    """Quantise real values into a bitsandbytes layer, the way transformers does when it loads."""
+    import bitsandbytes as bnb
+
+    old = layer.weight
+    layer.weight = bnb.nn.Params4bit(
+        values,
+        requires_grad=False,
+        compress_statistics=old.compress_statistics,
+        quant_type=old.quant_type,
+        quant_storage=old.quant_storage,
+        module=layer,
+    ).to(values.device)
+
+
+def keep_trainable(model: Any) -> None:
+    """Keep 4-bit layers from repacking their weights for inference.
+
+    On a CPU with AVX512-BF16 the first forward pass without gradient repacks a layer's weight for a
+    kernel that has no backward pass, and training goes on with wrong gradients and no word
+    (bitsandbytes 0.50.2, nn/modules.py, Linear4bit.forward).
+    """
+    for layer in quantised_layers(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def require_packages(config: RunConfig, device: str) -> None:
+    """Refuse a configuration whose packages or device are not here.
+
+    Raises:
+        UnavailableError: Naming what is missing.
+    """
+    from importlib.util import find_spec
+
+    if config.kernels == "liger":
+        if device != "cuda":
+            raise UnavailableError('`kernels` "liger" needs a GPU: its kernels are written in Triton.')
+        if find_spec("liger_kernel") is None:
+            raise UnavailableError(
+                '`kernels` "liger" needs the package liger-kernel; install lora-advisor[gpu].'
+            )
+    if config.attention == "flash_attention_2":
+        if device != "cuda":
+            raise UnavailableError('`attention` "flash_attention_2" needs a GPU.')
+        if find_spec("flash_attn") is None:
+            raise UnavailableError('`attention` "flash_attention_2" needs the package flash-attn.')
+    if config.precision == "fp16" and device != "cuda" and config.trainer != "loop":
+        raise UnavailableError('`precision` "fp16" needs a GPU: its loss scaling has no CPU form.')
