@@ -111,6 +111,7 @@ def skeleton(
             attn_implementation=config.attention,
             trust_remote_code=architecture.trust_remote_code,
         )
+    model.tie_weights()  # skipped above together with the initial values
     if config.method == "qlora":
         quantizer = AutoHfQuantizer.from_config(quantization_config(config), pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map={"": device})

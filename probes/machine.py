@@ -1,0 +1,132 @@
+"""`Machine` and `Stack`: where and with what a number was measured.
+
+Results of two machines or two stacks never mix: records, models and plans carry both, and what does
+not match is left out or refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Self
+
+#: Bytes in a GiB.
+GIB = 2**30
+
+#: Packages whose version changes memory or speed; the record's key is the second name.
+_PACKAGES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "peft": "peft",
+    "accelerate": "accelerate",
+    "bitsandbytes": "bitsandbytes",
+    "trl": "trl",
+    "liger-kernel": "liger_kernel",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The versions a number was measured with; None where a package is not installed.
+
+    Attributes:
+        loss_path: How the SFT loss of the installed trl is computed: "fused" (TRL 1.15 and later),
+            "full", or None without trl.
+    """
+
+    torch: str
+    transformers: str
+    peft: str
+    accelerate: str | None = None
+    bitsandbytes: str | None = None
+    trl: str | None = None
+    liger_kernel: str | None = None
+    loss_path: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read the JSON form; fields of newer versions are dropped."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The device a number was measured on, or would be.
+
+    Attributes:
+        kind: "cuda", "cpu", or "card" for a card of the table that is not here.
+        name: As the driver reports it; for a CPU its model and the number of threads used.
+        memory_bytes: All memory of the device.
+        driver: Version of the NVIDIA driver; None without.
+        capability: CUDA compute capability such as "8.9"; None without.
+        host: Model of the CPU, which sets the floor of a step's time.
+    """
+
+    kind: str
+    name: str
+    memory_bytes: int
+    driver: str | None = None
+    capability: str | None = None
+    host: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read the JSON form; fields of newer versions are dropped."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in names})
+
+
+def detect_stack() -> Stack:
+    """Return the installed versions, without importing the packages."""
+    versions: dict[str, Any] = {}
+    for package, key in _PACKAGES.items():
+        try:
+            versions[key] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[key] = None
+    return Stack(**versions, loss_path=_loss_path(versions["trl"]))
+
+
+def _loss_path(trl: str | None) -> str | None:
+    """TRL computes the SFT loss in tiles by default since 1.7, always since 1.15."""
+    if trl is None:
+        return None
+    major, minor = (int(part) for part in trl.split(".")[:2])
+    return "fused" if (major, minor) >= (1, 7) else "full"
+
+
+def cpu_machine() -> Machine:
+    """Return this machine's CPU as a device."""
+    import psutil
+
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    return Machine(
+        kind="cpu",
+        name=f"{_cpu_model()}, {threads} threads",
+        memory_bytes=int(psutil.virtual_memory().total),
+        host=_cpu_model(),
+    )
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - a device file
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,187 @@
+"""`ProbeResult`: how one probe ended and what it measured; and the append-only file of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.errors import DataError
+from lora_advisor.probes.machine import Machine, Stack
+
+#: Raised when a change of how things are measured makes old lines incomparable.
+FORMAT = 1
+
+OUTCOMES = ("ok", "out_of_memory", "failed", "timed_out", "interrupted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """One probe: what ran, where, how it ended, what it measured. None is "unknown".
+
+    Attributes:
+        config: The configuration that ran.
+        architecture: Fingerprint of the model's figures.
+        hf_config: The figures themselves, so that a record can be refitted anywhere.
+        machine: Where it ran.
+        stack: With what it ran.
+        outcome: One of OUTCOMES.
+        detail: For people: the error's first line, or what is noteworthy of a run that ended well.
+        cap_bytes: Bytes the device's allocator (on a CPU: the process) was allowed; None for no cap.
+        allocated_bytes: Peak of live tensors (torch.cuda.max_memory_allocated).
+        reserved_bytes: Peak held by the caching allocator (torch.cuda.max_memory_reserved).
+        process_bytes: Peak of the process on the device by NVML; on a CPU its peak resident size.
+        context_bytes: What the process holds on the device beside the allocator's memory.
+        model_bytes: Allocated once the model stood and before the first step.
+        step_times_s: Wall time of each measured step, warm-up left out.
+        device_times_s: Time between CUDA events around the same steps.
+        host_times_s: Time until Python had issued the same steps and went on to wait.
+        warmup_s: Time of the steps before, compilation included.
+        startup_s: From the start of the process to the first step.
+        tokens_per_step: Tokens of one optimizer step, padding included.
+        joules: Energy of the measured steps by NVML's counter.
+        power_w: Mean board power while measuring.
+        alloc_retries: Times the allocator gave back its cache and tried again.
+        attention_backend: Attention kernel that ran, from the profiler.
+        trainable: Number of trained parameters.
+        contended: Whether another process used the device.
+        started_at: UTC, ISO 8601.
+    """
+
+    config: RunConfig
+    architecture: str
+    hf_config: Mapping[str, Any]
+    machine: Machine
+    stack: Stack
+    outcome: str
+    detail: str | None = None
+    cap_bytes: int | None = None
+    allocated_bytes: int | None = None
+    reserved_bytes: int | None = None
+    process_bytes: int | None = None
+    context_bytes: int | None = None
+    model_bytes: int | None = None
+    step_times_s: tuple[float, ...] = ()
+    device_times_s: tuple[float, ...] = ()
+    host_times_s: tuple[float, ...] = ()
+    warmup_s: float | None = None
+    startup_s: float | None = None
+    tokens_per_step: int | None = None
+    joules: float | None = None
+    power_w: float | None = None
+    alloc_retries: int | None = None
+    attention_backend: str | None = None
+    trainable: int | None = None
+    contended: bool | None = None
+    started_at: str | None = None
+
+    @property
+    def step_s(self) -> float | None:
+        """Median wall time of a measured step, in seconds."""
+        return statistics.median(self.step_times_s) if self.step_times_s else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens (padding included) per second at the median step."""
+        step = self.step_s
+        return None if not step or self.tokens_per_step is None else self.tokens_per_step / step
+
+    @property
+    def joules_per_token(self) -> float | None:
+        """Energy of a token; None where the energy is unknown."""
+        if self.joules is None or not self.tokens_per_step or not self.step_times_s:
+            return None
+        return self.joules / (self.tokens_per_step * len(self.step_times_s))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data.update(
+            config=self.config.to_json(),
+            machine=self.machine.to_json(),
+            stack=self.stack.to_json(),
+            hf_config=dict(self.hf_config),
+        )
+        for name in ("step_times_s", "device_times_s", "host_times_s"):
+            data[name] = list(data[name])
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read the JSON form; fields of newer versions are dropped."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = {key: value for key, value in data.items() if key in names}
+        values["config"] = RunConfig.from_json(data["config"])
+        values["machine"] = Machine.from_json(data["machine"])
+        values["stack"] = Stack.from_json(data["stack"])
+        for name in ("step_times_s", "device_times_s", "host_times_s"):
+            values[name] = tuple(data.get(name) or ())
+        return cls(**values)
+
+
+def append_record(path: Path, result: ProbeResult) -> None:
+    """Write one result at the end of a record file, to the disk before this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"format": FORMAT, **result.to_json()}) + "\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        if _ends_torn(path):
+            line = "\n" + line
+        os.write(descriptor, line.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_records(path: Path) -> list[ProbeResult]:
+    """Return all results of a record file; none if there is no file.
+
+    A line torn by a kill in the middle of writing is dropped; any other damage is an error.
+
+    Raises:
+        DataError: A line is no record, or one of another format version.
+    """
+    return list(_lines(path)) if path.exists() else []
+
+
+def _lines(path: Path) -> Iterator[ProbeResult]:
+    lines = path.read_text("utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines) or _looks_torn(line):
+                continue
+            raise DataError(f"`{path}` line {number} must be a JSON record, but it is damaged.") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else None
+            raise DataError(
+                f"`{path}` line {number} must be a record of format {FORMAT}, but it is of format "
+                f"{found!r}; move the file away to start anew."
+            )
+        yield ProbeResult.from_json(data)
+
+
+def _looks_torn(line: str) -> bool:
+    return line.startswith('{"format"') and not line.rstrip().endswith("}")
+
+
+def _ends_torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def same_place(result: ProbeResult, machine: Machine, stack: Stack) -> bool:
+    """Whether a result may be used together with what is measured here and now."""
+    return result.machine == machine and result.stack == stack
