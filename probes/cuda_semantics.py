@@ -6,6 +6,7 @@ Each entry names the source of the rule. Versions: PyTorch 2.13, bitsandbytes 0.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -193,8 +194,8 @@ def fake_quantise(layer: Any, values: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def cuda_semantics(config: RunConfig) -> Iterator[None]:
-    """Put CUDA's behaviour in place of the CPU's while a step is traced."""
+def cuda_semantics(config: RunConfig, model: Any) -> Iterator[None]:
+    """Put CUDA's behaviour in place of the CPU's while a step of `model` is traced."""
     import torch
     from transformers import masking_utils
 
@@ -211,6 +212,11 @@ def cuda_semantics(config: RunConfig) -> Iterator[None]:
             )
         if config.trainer == "trl":
             for patch in _trl_patches():
+                replace(patch)
+        for patch in _optimizer_patches() + _autocast_patches():
+            replace(patch)
+        if config.kernels == "liger":
+            for patch in _liger_patches(model):
                 replace(patch)
         replace(mock.patch.object(torch.nn.functional, "dropout", _cuda_dropout))
         yield
@@ -235,6 +241,36 @@ def _apply(module: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = Tr
     return module
 
 
+def _autocast_patches() -> list[Any]:
+    """Questions about autocast that name no device mean CUDA (peft asks so before it casts)."""
+    import torch
+
+    is_enabled = torch.is_autocast_enabled
+
+    def enabled(device_type: str = "cpu") -> bool:
+        return bool(is_enabled(device_type))
+
+    return [
+        mock.patch.object(torch, "is_autocast_enabled", enabled),
+        mock.patch.object(torch, "get_autocast_gpu_dtype", lambda: torch.get_autocast_dtype("cpu")),
+    ]
+
+
+def _liger_patches(model: Any) -> list[Any]:
+    """Liger's kernels as stand-ins, whether or not the package is here."""
+    from transformers import trainer
+
+    from lora_advisor.probes import liger_semantics
+
+    patches = [
+        mock.patch.object(trainer, "apply_liger_kernel", liger_semantics.apply_liger),
+    ]
+    module = liger_semantics.rope_module(model)
+    if module is not None:
+        patches.append(mock.patch.object(module, "apply_rotary_pos_emb", liger_semantics.rotary))
+    return patches
+
+
 def _trl_patches() -> list[Any]:
     """TRL's fused loss as its Triton kernels run it: valid positions only, tiles folded in place."""
     import torch
@@ -245,8 +281,7 @@ def _trl_patches() -> list[Any]:
         return None
 
     def addmm_fp32(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        # CUDA: torch.addmm(acc, a, b, out_dtype=float32, out=acc), in place and without copies
-        acc.addmm_(a.new_empty(a.shape, dtype=acc.dtype, device="meta"), b) if False else None
+        torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
 
     return [
         mock.patch.object(utils, "_use_triton", lambda device: True),
@@ -256,8 +291,42 @@ def _trl_patches() -> list[Any]:
     ]
 
 
-def _optimizer_patches(config: RunConfig) -> list[Any]:
-    return []
+def _optimizer_patches() -> list[Any]:
+    """Optimizers as they run on CUDA.
+
+    Unless told otherwise torch's take all parameters of a list at once there (foreach:
+    torch/optim/optimizer.py, `_default_to_fused_or_foreach`); bitsandbytes' update in place, and
+    hold the paged states of tensors from 1e5 elements on outside the allocator (managed memory:
+    bitsandbytes/optim/optimizer.py, `get_state_buffer`).
+    """
+    import torch
+    from bitsandbytes.optim import optimizer as bnb
+
+    def state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        paged = self.is_paged and p.numel() >= 1e5
+        return torch.zeros_like(p, dtype=dtype, device="meta" if paged else p.device)
+
+    def update_step(self: Any, group: Any, p: torch.Tensor, gindex: int, pindex: int) -> None:
+        # The kernels read a contiguous gradient and write the parameter and its states in place.
+        p.data = p.data.contiguous()
+        p.grad = p.grad.contiguous()  # type: ignore[union-attr]
+
+    patches = [
+        mock.patch.object(bnb.Optimizer8bit, "get_state_buffer", state_buffer),
+        mock.patch.object(bnb.Optimizer8bit, "prefetch_state", lambda self, p: None),
+        mock.patch.object(bnb.Optimizer2State, "update_step", update_step),
+        mock.patch.object(bnb.Optimizer1State, "update_step", update_step),
+        mock.patch.object(bnb, "sync_gpu", lambda tensor: None),
+    ]
+    for name in ("adam", "adamw", "sgd", "rmsprop", "adagrad"):
+        module = importlib.import_module(f"torch.optim.{name}")
+        if hasattr(module, "_default_to_fused_or_foreach"):
+            patches.append(
+                mock.patch.object(
+                    module, "_default_to_fused_or_foreach", lambda *_, **__: (False, True)
+                )
+            )
+    return patches
 
 
 def _cuda_dropout(

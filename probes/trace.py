@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,12 @@ from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.dataset import random_rows
 from lora_advisor.probes.errors import UsageError
-from lora_advisor.probes.finetune import Schedule, build_trainer, placeholder_tokenizer
+from lora_advisor.probes.finetune import (
+    Schedule,
+    build_trainer,
+    decoder_layers,
+    placeholder_tokenizer,
+)
 from lora_advisor.probes.weights import fill, skeleton, weights_dtype
 
 if TYPE_CHECKING:
@@ -40,11 +45,13 @@ class Event:
         block: Number of the storage; a release carries the number of its allocation.
         size: Bytes asked for; negative for a release.
         phase: One of PHASES.
+        layer: Decoder layer whose forward or backward pass runs; -1 outside of them.
     """
 
     block: int
     size: int
     phase: str
+    layer: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +86,23 @@ class Trace:
 
     Attributes:
         events: Allocations and releases in order: loading, two steps.
-        owners: Owner of each block that is alive when a step ends, by block number.
-        work: Work of the last step by phase.
+        owners: Owner of each block that is alive when the steps end, by block number.
+        layer_of: Decoder layer of each of these blocks that belongs to one.
+        work: Work of the last step by phase and decoder layer (-1 outside of them).
         trainable: Number of trained parameters.
+        layer_trainable: Those of each decoder layer.
     """
 
     events: tuple[Event, ...]
-    owners: dict[int, str]
-    work: dict[str, Work]
+    owners: Mapping[int, str]
+    layer_of: Mapping[int, int]
+    work: Mapping[tuple[str, int], Work]
     trainable: int
+    layer_trainable: tuple[int, ...]
+
+    def total_work(self) -> Work:
+        """Return the work of one step."""
+        return sum(self.work.values(), Work())
 
 
 def trace_step(config: RunConfig, architecture: Architecture, *, layers: int | None = None) -> Trace:
@@ -106,17 +121,19 @@ def trace_step(config: RunConfig, architecture: Architecture, *, layers: int | N
             f"`trainer` {config.trainer!r} is another engine, whose step cannot be built here."
         )
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import PrinterCallback
 
     from lora_advisor.probes.cuda_semantics import cuda_semantics, fake_quantise, traced_config
 
+    config = traced_config(config)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder()
     model = skeleton(config, architecture, "cpu", layers=layers)
-    with _quiet(), fake_mode, cuda_semantics(config), recorder:
+    with _quiet(), fake_mode, cuda_semantics(config, model), recorder:
         fill(model, weights_dtype(config), "cpu", fake_quantise)
         vocab_size = model.config.get_text_config().vocab_size
         trainer = build_trainer(
-            traced_config(config),
+            config,
             model,
             rows=[{"input_ids": [0, 0], "labels": [0, 0]}],
             tokenizer=placeholder_tokenizer(vocab_size),
@@ -124,18 +141,17 @@ def trace_step(config: RunConfig, architecture: Architecture, *, layers: int | N
             device="cpu",
             callbacks=[_phase_callback(recorder)],
         )
-        trainer.remove_callback(_printer())
+        trainer.remove_callback(PrinterCallback)
         batches = [_fake_batch(trainer, config) for _ in range(2 * config.accumulation)]
         trainer.get_train_dataloader = lambda: _FakeLoader(batches)
         _mark_backward(trainer, recorder)
+        _mark_layers(trainer, recorder)
         trainer.train()
-        owners = recorder.owners(trainer)
-        trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        events, work = tuple(recorder.events), dict(recorder.work)
+        traced = recorder.result(trainer)
         recorder.closed = True
         del trainer, model, batches
     gc.collect()
-    return Trace(events=events, owners=owners, work=work, trainable=trainable)
+    return traced
 
 
 class _FakeLoader:
@@ -169,21 +185,40 @@ def _fake_batch(trainer: Any, config: RunConfig) -> dict[str, Any]:
     return made
 
 
-def _printer() -> Any:
-    from transformers import PrinterCallback
-
-    return PrinterCallback
-
-
 def _mark_backward(trainer: Any, recorder: Recorder) -> None:
     original: Callable[..., Any] = trainer.accelerator.backward
 
     def backward(*args: Any, **kwargs: Any) -> None:
-        recorder.phase = "backward"
+        recorder.phase, recorder.layer = "backward", -1
         original(*args, **kwargs)
-        recorder.phase = "forward"
+        recorder.phase, recorder.layer = "forward", -1
 
     trainer.accelerator.backward = backward
+
+
+def _mark_layers(trainer: Any, recorder: Recorder) -> None:
+    """Tell the recorder which decoder layer runs; no hook here adds a node to the graph."""
+    layers = decoder_layers(trainer.model)
+
+    def enter(index: int) -> None:
+        recorder.layer = index
+
+    def before(index: int) -> Callable[..., None]:
+        return lambda *_: enter(index)
+
+    def after(index: int) -> Callable[..., None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: enter(index))
+            if index == len(layers) - 1:
+                enter(-1)
+
+        return hook
+
+    for index, layer in enumerate(layers):
+        layer.register_forward_pre_hook(before(index))
+        layer.register_forward_hook(after(index))
 
 
 def _phase_callback(recorder: Recorder) -> Any:
@@ -193,7 +228,7 @@ def _phase_callback(recorder: Recorder) -> Any:
         """Tells the recorder which part of the step runs."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            recorder.phase = "forward"
+            recorder.phase, recorder.layer = "forward", -1
             recorder.work.clear()
 
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -234,8 +269,9 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         """Start in the loading phase with nothing recorded."""
         super().__init__()
         self.events: list[Event] = []
-        self.work: dict[str, Work] = {}
+        self.work: dict[tuple[str, int], Work] = {}
         self.phase = "load"
+        self.layer = -1
         self.closed = False
         self._known: dict[int, int] = {}  # storage's address -> block
         self._count = 0
@@ -256,20 +292,21 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
             result = func(*args, **kwargs)
             for block in temporaries:
                 self.release(block)
-            self.work[self.phase] = self.work.get(self.phase, Work()) + cost.work(result)
+            place = (self.phase, self.layer)
+            self.work[place] = self.work.get(place, Work()) + cost.work(result)
         self._note(result)
         return result
 
     def allocate(self, size: int) -> tuple[int, int]:
         """Note an allocation that has no tensor and return its handle."""
         self._count += 1
-        self.events.append(Event(self._count, size, self.phase))
+        self.events.append(Event(self._count, size, self.phase, self.layer))
         return self._count, size
 
     def release(self, block: tuple[int, int]) -> None:
         """Note the release of an allocation."""
         if not self.closed:
-            self.events.append(Event(block[0], -block[1], self.phase))
+            self.events.append(Event(block[0], -block[1], self.phase, self.layer))
 
     def _note(self, result: Any) -> None:
         import torch
@@ -292,27 +329,42 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         self._known.pop(key, None)
         self.release(block)
 
-    def owners(self, trainer: Any) -> dict[int, str]:
-        """Return the owner of each block that the trainer still holds."""
-        owned: dict[int, str] = {}
+    def result(self, trainer: Any) -> Trace:
+        """Return what was recorded, with the owners of the blocks that the trainer still holds."""
+        owners: dict[int, str] = {}
+        layer_of: dict[int, int] = {}
+        layers = decoder_layers(trainer.model)
+        place = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
 
-        def claim(tensor: Any, owner: str) -> None:
+        def claim(tensor: Any, owner: str, parameter: Any = None) -> None:
             block = self._known.get(tensor.untyped_storage()._cdata)
             if block is not None:
-                owned.setdefault(block, owner)
+                owners.setdefault(block, owner)
+                if id(parameter) in place:
+                    layer_of[block] = place[id(parameter)]
 
         for parameter in trainer.model.parameters():
-            claim(parameter, "adapter" if parameter.requires_grad else "weights")
-            state = getattr(parameter, "quant_state", None)
-            for tensor in _quant_tensors(state):
-                claim(tensor, "weights")
+            claim(parameter, "adapter" if parameter.requires_grad else "weights", parameter)
+            for tensor in _quant_tensors(getattr(parameter, "quant_state", None)):
+                claim(tensor, "weights", parameter)
         for buffer in trainer.model.buffers():
             claim(buffer, "weights")
-        for state in trainer.optimizer.state.values():
+        for parameter, state in trainer.optimizer.state.items():
             for value in state.values():
                 if hasattr(value, "untyped_storage") and value.device.type != "meta":
-                    claim(value, "optimizer")
-        return owned
+                    claim(value, "optimizer", parameter)
+        return Trace(
+            events=tuple(self.events),
+            owners=owners,
+            layer_of=layer_of,
+            work=dict(self.work),
+            trainable=_trainable(trainer.model),
+            layer_trainable=tuple(_trainable(layer) for layer in layers),
+        )
+
+
+def _trainable(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def _quant_tensors(state: Any) -> list[torch.Tensor]:

@@ -1,0 +1,252 @@
+"""PyTorch's caching allocator, replayed over a list of allocations and releases.
+
+Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.11 to 2.13: size classes (round_size,
+get_allocation_size), best fit (get_free_block), splitting (should_split), coalescing (free_block),
+and what happens at the limit (alloc_block, release_cached_blocks).
+
+What is not covered: several streams, garbage_collection_threshold, max_split_size_mb,
+roundup_power2_divisions; expandable segments are one segment a pool that grows by pages.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MIB = 2**20
+ROUND = 512  # kMinBlockSize
+SMALL = MIB  # kSmallSize: the largest request of the small pool
+SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
+LARGE_SEGMENT = 20 * MIB  # kLargeBuffer
+MIN_LARGE = 10 * MIB  # kMinLargeAlloc
+ROUND_LARGE = 2 * MIB  # kRoundLarge
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a replay came to.
+
+    Attributes:
+        allocated_bytes: Largest sum of the blocks in use at one time.
+        reserved_bytes: Largest sum of the segments held at one time.
+        peak_index: Position of the event at which `allocated_bytes` was reached.
+        phase_peaks: Largest sum of blocks in use in each phase.
+        survived: Whether every request was met under the cap.
+        retries: Times the cache was given back to meet a request.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_index: int
+    phase_peaks: dict[str, int]
+    survived: bool
+    retries: int
+
+
+class _Block:
+    """A piece of a segment; neighbours are linked in address order."""
+
+    __slots__ = ("address", "free", "next", "pool", "previous", "segment", "size")
+
+    def __init__(self, address: int, size: int, pool: _Pool, segment: int) -> None:
+        self.address, self.size, self.pool, self.segment = address, size, pool, segment
+        self.free = True
+        self.previous: _Block | None = None
+        self.next: _Block | None = None
+
+    def key(self) -> tuple[int, int]:
+        return (self.size, self.address)
+
+
+class _Pool:
+    """The free blocks of one size class, smallest first."""
+
+    def __init__(self, small: bool) -> None:
+        self.small = small
+        self.keys: list[tuple[int, int]] = []
+        self.blocks: dict[tuple[int, int], _Block] = {}
+        self.tail: _Block | None = None  # last block of the one segment, if segments expand
+
+    def add(self, block: _Block) -> None:
+        insort(self.keys, block.key())
+        self.blocks[block.key()] = block
+
+    def remove(self, block: _Block) -> None:
+        del self.keys[bisect_left(self.keys, block.key())]
+        del self.blocks[block.key()]
+
+    def best_fit(self, size: int) -> _Block | None:
+        index = bisect_left(self.keys, (size, 0))
+        return self.blocks[self.keys[index]] if index < len(self.keys) else None
+
+
+class CachingAllocator:
+    """The allocator's state: which blocks are in use and which segments are held."""
+
+    def __init__(self, *, cap_bytes: int | None = None, expandable: bool = False) -> None:
+        """Start empty.
+
+        Args:
+            cap_bytes: Bytes the segments may sum up to; None for no limit.
+            expandable: Whether segments expand (PYTORCH_ALLOC_CONF=expandable_segments:True).
+        """
+        self.cap_bytes = cap_bytes
+        self.expandable = expandable
+        self.allocated = 0
+        self.reserved = 0
+        self.reserved_peak = 0
+        self.retries = 0
+        self._small, self._large = _Pool(True), _Pool(False)
+        self._next_address = 0
+
+    def allocate(self, size: int) -> _Block | None:
+        """Return a block of at least `size` bytes; None if the cap forbids it."""
+        size = max(ROUND, -(-size // ROUND) * ROUND)
+        pool = self._small if size <= SMALL else self._large
+        block = pool.best_fit(size)
+        if block is None:
+            block = self._grow(pool, size)
+        if block is None:
+            self.retries += 1
+            self._release_cached()
+            block = self._grow(pool, size)
+            if block is None:
+                return None
+        pool.remove(block)
+        self._split(block, size)
+        block.free = False
+        self.allocated += block.size
+        return block
+
+    def release(self, block: _Block) -> None:
+        """Give a block back and join it with free neighbours."""
+        self.allocated -= block.size
+        block.free = True
+        before, after = block.previous, block.next
+        if before is not None and before.free:
+            block.pool.remove(before)
+            block.address, block.size = before.address, block.size + before.size
+            block.previous = before.previous
+            if before.previous is not None:
+                before.previous.next = block
+        if after is not None and after.free:
+            block.pool.remove(after)
+            block.size += after.size
+            block.next = after.next
+            if after.next is not None:
+                after.next.previous = block
+            if block.pool.tail is after:
+                block.pool.tail = block
+        block.pool.add(block)
+
+    def _grow(self, pool: _Pool, size: int) -> _Block | None:
+        """Ask the driver for a segment; the new block stands in the pool."""
+        if self.expandable:
+            return self._expand(pool, size)
+        need = _segment_size(size)
+        if not self._may_hold(need):
+            return None
+        block = _Block(self._next_address, need, pool, self._next_address)
+        self._next_address += need + ROUND
+        self._hold(need)
+        pool.add(block)
+        return block
+
+    def _expand(self, pool: _Pool, size: int) -> _Block | None:
+        """Map pages at the end of the pool's one segment."""
+        page = SMALL_SEGMENT if pool.small else LARGE_SEGMENT
+        tail = pool.tail
+        spare = tail.size if tail is not None and tail.free else 0
+        need = -(-(size - spare) // page) * page
+        if not self._may_hold(need):
+            return None
+        self._hold(need)
+        if tail is not None and tail.free:
+            pool.remove(tail)
+            tail.size += need
+            pool.add(tail)
+            return tail
+        address = tail.address + tail.size if tail is not None else (0 if pool.small else 1 << 50)
+        block = _Block(address, need, pool, 0)
+        block.previous = tail
+        if tail is not None:
+            tail.next = block
+        pool.tail = block
+        pool.add(block)
+        return block
+
+    def _may_hold(self, more: int) -> bool:
+        return self.cap_bytes is None or self.reserved + more <= self.cap_bytes
+
+    def _hold(self, more: int) -> None:
+        self.reserved += more
+        self.reserved_peak = max(self.reserved_peak, self.reserved)
+
+    def _split(self, block: _Block, size: int) -> None:
+        rest = block.size - size
+        if rest < ROUND or (not block.pool.small and rest <= SMALL):
+            return
+        remainder = _Block(block.address + size, rest, block.pool, block.segment)
+        remainder.previous, remainder.next = block, block.next
+        if block.next is not None:
+            block.next.previous = remainder
+        block.next, block.size = remainder, size
+        if block.pool.tail is block:
+            block.pool.tail = remainder
+        block.pool.add(remainder)
+
+    def _release_cached(self) -> None:
+        """Give back every segment that is free as a whole (expanding ones: their free end)."""
+        for pool in (self._small, self._large):
+            for block in list(pool.blocks.values()):
+                if self.expandable and block is not pool.tail:
+                    continue
+                if not self.expandable and (block.previous is not None or block.next is not None):
+                    continue
+                pool.remove(block)
+                self.reserved -= block.size
+                if self.expandable:
+                    pool.tail = block.previous
+                    if block.previous is not None:
+                        block.previous.next = None
+
+
+def _segment_size(size: int) -> int:
+    if size <= SMALL:
+        return SMALL_SEGMENT
+    if size < MIN_LARGE:
+        return LARGE_SEGMENT
+    return -(-size // ROUND_LARGE) * ROUND_LARGE
+
+
+def replay(
+    events: Iterable[tuple[int, int, str]],
+    *,
+    cap_bytes: int | None = None,
+    expandable: bool = False,
+) -> Replay:
+    """Run events through the allocator.
+
+    Args:
+        events: (block, bytes, phase); bytes are negative where the block is released.
+        cap_bytes: As for CachingAllocator.
+        expandable: As for CachingAllocator.
+    """
+    allocator = CachingAllocator(cap_bytes=cap_bytes, expandable=expandable)
+    held: dict[int, _Block] = {}
+    phase_peaks: dict[str, int] = {}
+    peak, peak_index = 0, 0
+    for index, (number, size, phase) in enumerate(events):
+        if size < 0:
+            allocator.release(held.pop(number))
+            continue
+        block = allocator.allocate(size)
+        if block is None:
+            return Replay(peak, allocator.reserved_peak, peak_index, phase_peaks, False, allocator.retries)
+        held[number] = block
+        if allocator.allocated > phase_peaks.get(phase, 0):
+            phase_peaks[phase] = allocator.allocated
+        if allocator.allocated > peak:
+            peak, peak_index = allocator.allocated, index
+    return Replay(peak, allocator.reserved_peak, peak_index, phase_peaks, True, allocator.retries)
