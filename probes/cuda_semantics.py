@@ -197,7 +197,7 @@ def fake_quantise(layer: Any, values: torch.Tensor) -> None:
 def cuda_semantics(config: RunConfig, model: Any) -> Iterator[None]:
     """Put CUDA's behaviour in place of the CPU's while a step of `model` is traced."""
     import torch
-    from transformers import masking_utils
+    from transformers import masking_utils, modeling_utils
 
     with contextlib.ExitStack() as stack:
         replace = stack.enter_context
@@ -215,6 +215,8 @@ def cuda_semantics(config: RunConfig, model: Any) -> Iterator[None]:
                 replace(patch)
         for patch in _optimizer_patches() + _autocast_patches():
             replace(patch)
+        if config.checkpointing == "offload":
+            replace(mock.patch.object(modeling_utils, "save_on_cpu", _save_on_host))
         if config.kernels == "liger":
             for patch in _liger_patches(model):
                 replace(patch)
@@ -239,6 +241,19 @@ def _apply(module: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = Tr
             if buffer is not None:
                 part._buffers[name] = fn(buffer)
     return module
+
+
+def _save_on_host(pin_memory: bool = False, device_type: str = "cuda") -> Any:
+    """Offloaded checkpoints: what is saved leaves the device and comes back when it is asked for."""
+    import torch
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("meta")
+
+    def unpack(held: torch.Tensor) -> torch.Tensor:
+        return torch.empty(held.shape, dtype=held.dtype, device="cpu")
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _autocast_patches() -> list[Any]:

@@ -211,3 +211,40 @@ class _Copier:
                 for _ in range(self.copies):
                     work[phase, layer] = work[phase, layer] + amount
         return work
+
+
+def between(low: Trace, high: Trace, *, share: float) -> Trace | None:
+    """Return the trace of a micro-batch between or beyond two others of one configuration.
+
+    Every size and amount of work is affine in the micro-batch as long as the step does the same
+    things in the same order; where the two traces differ in that, there is no answer.
+
+    Args:
+        low: Trace of the smaller micro-batch.
+        high: Trace of the larger one.
+        share: Position of the wanted micro-batch; 0 at `low`, 1 at `high`.
+    """
+    if len(low.events) != len(high.events):
+        return None
+    events = []
+    for a, b in zip(low.events, high.events, strict=True):
+        if (a.block, a.phase, a.layer, a.size > 0) != (b.block, b.phase, b.layer, b.size > 0):
+            return None
+        events.append(Event(a.block, round(a.size + (b.size - a.size) * share), a.phase, a.layer))
+    work = {}
+    for place, amount in low.work.items():
+        other = high.work.get(place, Work())
+        work[place] = Work(
+            *(
+                getattr(amount, name) + (getattr(other, name) - getattr(amount, name)) * share
+                for name in ("launches", "matmul_flops", "attention_flops", "bytes_moved")
+            )
+        )
+    return Trace(
+        events=tuple(events),
+        owners=low.owners,
+        layer_of=low.layer_of,
+        work=work,
+        trainable=low.trainable,
+        layer_trainable=low.layer_trainable,
+    )

@@ -1,0 +1,226 @@
+"""`Plan`: what to run, how that is known, and what lost against it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from lora_advisor.probes.architectures import Architecture
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.errors import DataError, MissingInputError, OutputError
+from lora_advisor.probes.machine import Machine, Stack
+from lora_advisor.probes.prediction import Interval, MemoryPrediction, Prediction
+from lora_advisor.probes.record import ProbeResult
+from lora_advisor.probes.spec import Spec
+
+#: Raised when the meaning of a field changes.
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A configuration with what is expected of it and, if it ran, what came of it.
+
+    Attributes:
+        config: The configuration.
+        prediction: What the models say of it.
+        measured: Its probe; None if it did not run.
+        reason: Why it was not chosen; None for the chosen one.
+    """
+
+    config: RunConfig
+    prediction: Prediction
+    measured: ProbeResult | None = None
+    reason: str | None = None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second, measured where it ran, else predicted."""
+        if self.measured is not None and self.measured.tokens_per_s is not None:
+            return self.measured.tokens_per_s
+        speed = self.prediction.tokens_per_s
+        return None if speed is None else speed.value
+
+    @property
+    def evidence(self) -> str:
+        """How its figures are known."""
+        ran = self.measured is not None and self.measured.outcome == "ok"
+        return "proved" if ran else self.prediction.evidence
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    """What a data set asks for.
+
+    Attributes:
+        path: The file.
+        rows: Rows that will be trained on.
+        tokens: Their tokens, padding not counted, for one pass.
+        truncated: Rows cut to the sequence length.
+        dropped: Rows left out: nothing of their answer was left.
+    """
+
+    path: str
+    rows: int
+    tokens: int
+    truncated: int
+    dropped: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        spec: What the user wanted.
+        machine: Where it is to run.
+        stack: With what.
+        architecture: The model's figures and where its weights are.
+        chosen: The winner.
+        baseline: What the user would have run otherwise; None if that is not possible.
+        runners_up: The next best, best first.
+        rejected: The best of those that cannot run, with reasons.
+        excluded: Parts of the space that were left out, with reasons.
+        cap_bytes: What the device's allocator is allowed.
+        context_bytes: What the process holds on the device beside it.
+        probes: Probes run for this plan.
+        reused: Results of earlier probes it rests on.
+        probing_s: Seconds the probes took.
+        wall_s: Seconds the plan took.
+        trials: Configurations the search looked at.
+        data: What the data asks for; None without data.
+    """
+
+    spec: Spec
+    machine: Machine
+    stack: Stack
+    architecture: Architecture
+    chosen: Candidate
+    baseline: Candidate | None
+    runners_up: tuple[Candidate, ...]
+    rejected: tuple[Candidate, ...]
+    excluded: tuple[tuple[str, str], ...]
+    cap_bytes: int | None
+    context_bytes: int | None
+    probes: int
+    reused: int
+    probing_s: float
+    wall_s: float
+    trials: int
+    data: DataSummary | None = None
+
+    @property
+    def epoch_s(self) -> float | None:
+        """Seconds for one pass over the data at the chosen speed, every row padded."""
+        speed = self.chosen.tokens_per_s
+        if self.data is None or speed is None:
+            return None
+        return self.data.rows * self.chosen.config.seq_len / speed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {"format": FORMAT, **_plain(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read the JSON form."""
+        values = {field.name: data.get(field.name) for field in dataclasses.fields(cls)}
+        architecture = data["architecture"]
+        values.update(
+            spec=Spec.from_json(data["spec"]),
+            machine=Machine.from_json(data["machine"]),
+            stack=Stack.from_json(data["stack"]),
+            architecture=Architecture(**architecture),
+            chosen=_candidate(data["chosen"]),
+            baseline=None if data["baseline"] is None else _candidate(data["baseline"]),
+            runners_up=tuple(_candidate(item) for item in data["runners_up"]),
+            rejected=tuple(_candidate(item) for item in data["rejected"]),
+            excluded=tuple((what, why) for what, why in data["excluded"]),
+            data=None if data.get("data") is None else DataSummary(**data["data"]),
+        )
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def write_plan(path: Path, plan: Plan) -> None:
+    """Write a plan; the file is whole or not there.
+
+    Raises:
+        OutputError: The place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(plan.to_json(), indent=2) + "\n", "utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise OutputError(f"`{path}` must be a place that can be written, but {error.strerror}.") from None
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        MissingInputError: There is no such file.
+        DataError: It is no plan, or one of another format version.
+    """
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise MissingInputError(f"`{path}` must be a plan written by `plan --out`, but it is not there.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"`{path}` must be a plan written by `plan --out`, but it cannot be read: {error}.") from None
+    if not isinstance(data, dict) or "chosen" not in data:
+        raise DataError(f"`{path}` must be a plan written by `plan --out`, but it has no field `chosen`.")
+    if data.get("format") != FORMAT:
+        raise DataError(
+            f"`{path}` must be a plan of format {FORMAT}, but it is of format {data.get('format')!r}; plan again."
+        )
+    try:
+        return Plan.from_json(data)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"`{path}` must be a plan written by `plan --out`, but it lacks a field: {error}.") from None
+
+
+def _plain(value: Any) -> Any:
+    """Turn words into JSON: dataclasses by their own `to_json` where they have one."""
+    if hasattr(value, "to_json") and not isinstance(value, Plan):
+        return value.to_json()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def plain_json(value: Any) -> Any:
+    """Return the JSON form of any word."""
+    return _plain(value)
+
+
+def _candidate(data: Mapping[str, Any]) -> Candidate:
+    return Candidate(
+        config=RunConfig.from_json(data["config"]),
+        prediction=_prediction(data["prediction"]),
+        measured=None if data["measured"] is None else ProbeResult.from_json(data["measured"]),
+        reason=data["reason"],
+    )
+
+
+def _prediction(data: Mapping[str, Any]) -> Prediction:
+    def interval(value: Mapping[str, float] | None) -> Interval | None:
+        return None if value is None else Interval(**value)
+
+    return Prediction(
+        memory=MemoryPrediction(**data["memory"]),
+        verdict=data["verdict"],
+        step_s=interval(data["step_s"]),
+        tokens_per_s=interval(data["tokens_per_s"]),
+        evidence=data["evidence"],
+    )
