@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, Self
 
+from lora_advisor.probes import nvml
+from lora_advisor.probes.errors import UnavailableError, UsageError
+
 #: Bytes in a GiB.
 GIB = 2**30
 
@@ -106,6 +109,38 @@ def _loss_path(trl: str | None) -> str | None:
         return None
     major, minor = (int(part) for part in trl.split(".")[:2])
     return "fused" if (major, minor) >= (1, 7) else "full"
+
+
+def gpu_present() -> bool:
+    """Whether the driver shows a GPU; torch is not imported."""
+    return nvml.device_count() > 0
+
+
+def detect_machine(device: str) -> Machine:
+    """Return what "cuda" or "cpu" is here.
+
+    Raises:
+        UnavailableError: There is no GPU.
+        UsageError: No such device.
+    """
+    if device == "cpu":
+        return cpu_machine()
+    if device != "cuda":
+        raise UsageError(f'`device` must be "cuda" or "cpu" to be measured on, but got {device!r}.')
+    name, memory = nvml.device_name(), nvml.memory()
+    if name is None or memory is None:
+        raise UnavailableError(
+            "`device` cuda needs an NVIDIA GPU, but the driver shows none; use the CPU, or plan "
+            "for a card that is not here by its name."
+        )
+    return Machine(
+        kind="cuda",
+        name=name,
+        memory_bytes=memory.total_bytes,
+        driver=nvml.driver(),
+        capability=nvml.capability(),
+        host=_cpu_model(),
+    )
 
 
 def cpu_machine() -> Machine:
