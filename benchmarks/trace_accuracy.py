@@ -71,7 +71,7 @@ def main() -> None:
         trace = trace_all_layers(config, from_hf_config("row", row["hf_config"]))
         seconds = time.perf_counter() - started
         expandable = config.allocator == "expandable_segments"
-        memory = model.predict(trace, expandable=expandable)
+        memory = model.predict(trace, config)
         survived = None
         if row["cap"] is not None:
             events = device_events(trace, CAPABILITY)
@@ -94,7 +94,7 @@ def main() -> None:
                 "survives_cap": survived,
                 "verdict": None
                 if row["cap"] is None
-                else model.verdict(memory, row["cap"] + model.context.value_bytes),
+                else model.verdict(config, memory, row["cap"] + model.context.value_bytes),
                 "trace_s": round(seconds, 2),
             }
         )

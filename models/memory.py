@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from lora_advisor.models.allocator import MIB, Replay, replay
 from lora_advisor.probes.prediction import MemoryPrediction
+from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.trace import Trace
 
 #: cuBLAS's workspace for each thread that multiplies (one for the forward, one for the backward
@@ -27,9 +28,12 @@ _CONTEXT = {"9.0": 618 * MIB, "7.5": 141 * MIB}
 _ASSUMED_CONTEXT = 256 * MIB
 _ASSUMED_CONTEXT_UPPER = 512 * MIB
 
-#: One-sided error of the traced reserve, as a share of it: the 95th percentile of measured over
-#: traced reserve, from benchmarks/results/trace_accuracy.json ("reserved_upper"). A test compares.
-TRACED_RESERVED_UPPER = 0.08
+#: One-sided error of the traced reserve, as a share of it: above the 95th percentile of measured
+#: over traced reserve in benchmarks/results/trace_accuracy.json ("reserved_upper"). A test compares.
+TRACED_RESERVED_UPPER = 0.15
+#: Added for compiled layers, which are traced in their eager form: the recorded run stands 8 %
+#: above its trace.
+_COMPILED_UPPER = 0.10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +129,15 @@ class MemoryModel:
         upper = weight * spread + (1 - weight) * TRACED_RESERVED_UPPER
         return cls(capability, context, 1.0 + gap, upper, len(pairs))
 
-    def predict(self, trace: Trace, *, expandable: bool = False) -> MemoryPrediction:
+    def predict(self, trace: Trace, config: RunConfig) -> MemoryPrediction:
         """Return the memory of the run that a trace stands for."""
+        expandable = config.allocator == "expandable_segments"
         events = device_events(trace, self.capability)
         result = replay(events, expandable=expandable)
         reserved = max(result.allocated_bytes, round(result.reserved_bytes * self.reserved_gap))
         process = reserved + self.context.value_bytes
-        upper = round(reserved * (1 + self.upper)) + self.context.upper_bytes
+        bound = self.upper + (_COMPILED_UPPER if config.compile != "off" else 0.0)
+        upper = round(reserved * (1 + bound)) + self.context.upper_bytes
         return MemoryPrediction(
             allocated_bytes=result.allocated_bytes,
             reserved_bytes=reserved,
@@ -144,13 +150,14 @@ class MemoryModel:
             evidence="probed" if self.probes else "traced",
         )
 
-    def verdict(self, memory: MemoryPrediction, limit_bytes: int) -> str:
+    def verdict(self, config: RunConfig, memory: MemoryPrediction, limit_bytes: int) -> str:
         """Say whether a run fits a card's memory less the reserve.
 
         It fits where the bound of the process is within the limit; it does not where even the
-        smallest cap it survives is above; between, only a run can tell.
+        smallest cap it survives is above; between, only a run can tell. So it is for a model that
+        is compiled as a whole, whose memory the eager trace does not bound.
         """
-        if memory.process_upper_bytes <= limit_bytes:
+        if memory.process_upper_bytes <= limit_bytes and config.compile != "model":
             return "fits"
         if memory.needed_bytes + self.context.value_bytes > limit_bytes:
             return "does not fit"

@@ -59,7 +59,7 @@ class Architecture:
 @cache
 def bundled_names() -> tuple[str, ...]:
     """Names of the architectures that ship with the package."""
-    folder = resources.files(__package__) / "architectures"
+    folder = resources.files(__package__) / "bundled"
     return tuple(
         sorted(file.name[: -len(".json")] for file in folder.iterdir() if file.name.endswith(".json"))
     )
@@ -67,7 +67,7 @@ def bundled_names() -> tuple[str, ...]:
 
 def load_bundled(name: str) -> Architecture:
     """Read one architecture that ships with the package."""
-    text = (resources.files(__package__) / "architectures" / f"{name}.json").read_text("utf-8")
+    text = (resources.files(__package__) / "bundled" / f"{name}.json").read_text("utf-8")
     data = json.loads(text)
     return Architecture(name=name, hf_config=data["config"], source=data["source"])
 
@@ -149,7 +149,7 @@ def _read_config(file: Path) -> Mapping[str, Any]:
 
 def _from_hub(hub_id: str, trust_remote_code: bool) -> Architecture:
     for name in bundled_names():
-        text = (resources.files(__package__) / "architectures" / f"{name}.json").read_text("utf-8")
+        text = (resources.files(__package__) / "bundled" / f"{name}.json").read_text("utf-8")
         data = json.loads(text)
         if str(data.get("hub_id", "")).lower() == hub_id.lower():
             return Architecture(
