@@ -1,0 +1,163 @@
+"""What a training says: `Progress` while it runs, and at its end a `TrainingResult`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.machine import Stack
+
+#: Raised when result.json changes so that an older program would misread it.
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What the plan promised; None is "unknown".
+
+    Attributes:
+        tokens_per_s: Non-padding tokens per second.
+        peak_bytes: What the process holds at its peak, as `Measured.peak_bytes`.
+        train_seconds: Time of all steps, evaluation and start left out.
+    """
+
+    tokens_per_s: float | None = None
+    peak_bytes: int | None = None
+    train_seconds: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What came of it; None is "unknown".
+
+    Attributes:
+        tokens_per_s: Non-padding tokens per second, the median over the steps of this process after
+            its first three.
+        padded_tokens_per_s: The same with padding.
+        step_s: Median time of these steps, in seconds.
+        steps_measured: How many they were.
+        train_seconds: Time of all steps and checkpoints, those before an interruption included.
+        peak_bytes: Peak of the process on the device, CUDA context included; on a CPU its peak
+            resident size.
+        allocated_bytes: Peak of live tensors while training; None on a CPU.
+        reserved_bytes: Peak of the caching allocator while training; None on a CPU.
+    """
+
+    tokens_per_s: float | None
+    padded_tokens_per_s: float | None
+    step_s: float | None
+    steps_measured: int
+    train_seconds: float
+    peak_bytes: int | None
+    allocated_bytes: int | None
+    reserved_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How a training stands.
+
+    Attributes:
+        step: Optimizer steps done.
+        steps: Optimizer steps in all.
+        loss: Mean training loss since the last report.
+        tokens_per_s: Non-padding tokens per second of the last steps.
+        padded_tokens_per_s: The same with padding.
+        peak_bytes: As in `Measured`, so far.
+        seconds_left: Time the steps that are left will take, at the pace of the last ones.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_s: float
+    padded_tokens_per_s: float
+    peak_bytes: int | None
+    seconds_left: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingResult:
+    """A training that has ended, as result.json holds it.
+
+    Attributes:
+        config: What was trained.
+        model: What the user called the model.
+        stack: With what.
+        device: "cuda" or "cpu".
+        data: The data file.
+        data_sha256: Of its bytes.
+        shape: Shape of its rows, one of `dataset.SHAPES`.
+        rows: Rows trained on.
+        holdout_rows: Rows held out.
+        truncated: Rows cut to `seq_len`.
+        dropped: Rows left out, because nothing of their answer was left.
+        length_quantiles: Tokens that cover a share of the rows, by share.
+        steps: Optimizer steps.
+        eval_loss_before: Mean negative log-likelihood of a trained token of the hold-out, in nats,
+            under the model as it came; None without a hold-out.
+        eval_loss_after: The same under the trained model.
+        losses: Training loss by step, each the mean since the one before.
+        adapter: Folder of the adapter (for method "full": of the model).
+        resumed_from_step: Step the last process went on from; None if it began at 0.
+        predicted: What the plan promised; None without a plan.
+        measured: What came of it.
+    """
+
+    config: RunConfig
+    model: str
+    stack: Stack
+    device: str
+    data: Path
+    data_sha256: str
+    shape: str
+    rows: int
+    holdout_rows: int
+    truncated: int
+    dropped: int
+    length_quantiles: Mapping[float, int]
+    steps: int
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    losses: tuple[tuple[int, float], ...]
+    adapter: Path
+    resumed_from_step: int | None
+    predicted: Predicted | None
+    measured: Measured
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data.update(
+            format=FORMAT,
+            config=self.config.to_json(),
+            stack=self.stack.to_json(),
+            data=str(self.data),
+            adapter=str(self.adapter),
+            length_quantiles={str(share): n for share, n in self.length_quantiles.items()},
+            losses=[list(pair) for pair in self.losses],
+            predicted=None if self.predicted is None else dataclasses.asdict(self.predicted),
+            measured=dataclasses.asdict(self.measured),
+        )
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read the JSON form."""
+        values = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        predicted = data["predicted"]
+        values.update(
+            config=RunConfig.from_json(data["config"]),
+            stack=Stack.from_json(data["stack"]),
+            data=Path(data["data"]),
+            adapter=Path(data["adapter"]),
+            length_quantiles={float(share): n for share, n in data["length_quantiles"].items()},
+            losses=tuple((int(step), float(loss)) for step, loss in data["losses"]),
+            predicted=None if predicted is None else Predicted(**predicted),
+            measured=Measured(**data["measured"]),
+        )
+        return cls(**values)

@@ -1,0 +1,194 @@
+"""The folder of a training: what was begun there, its checkpoints, and what it came to.
+
+    state.json      what is trained, and the hold-out's loss before; written before the first step
+    checkpoint-N/   the trainer's own; the last two that are complete
+    adapter/        the result
+    result.json     written last: where it stands, the training has ended
+
+A process may be killed at any time, while a checkpoint is written too. A file is replaced as a
+whole, and a checkpoint counts only if every file that an exact continuation needs can be read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_advisor.probes.errors import OutputError, StackError, UsageError
+
+STATE, RESULT, ADAPTER = "state.json", "result.json", "adapter"
+
+#: What transformers' Trainer writes beside the weights; all of it decides how training goes on.
+_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@dataclass(kw_only=True)
+class RunFolder:
+    """The folder of one training, opened.
+
+    Attributes:
+        path: The folder.
+        state: Content of state.json.
+        checkpoint: Last complete checkpoint; None to begin at the first step.
+        result: Content of result.json where the training has ended; else None.
+    """
+
+    path: Path
+    state: dict[str, Any] = field(repr=False)
+    checkpoint: Path | None
+    result: Mapping[str, Any] | None
+
+    @property
+    def step(self) -> int:
+        """Step of the checkpoint."""
+        return 0 if self.checkpoint is None else _step(self.checkpoint)
+
+    def keep(self, **values: Any) -> None:
+        """Add to state.json."""
+        self.state.update(values)
+        write_json(self.path / STATE, self.state)
+
+
+def open_run_folder(
+    path: Path, *, identity: Mapping[str, Any], stack: Mapping[str, Any], resume: bool
+) -> RunFolder:
+    """Open the folder of a training, to begin it or to go on with it.
+
+    Args:
+        path: The folder; made if it is not there.
+        identity: What decides the weights: configuration, data, schedule, seed.
+        stack: What must be the same to go on exactly: versions and device.
+        resume: Go on with what is there; else what an earlier training left there is removed.
+
+    Raises:
+        OutputError: The folder cannot be written.
+        UsageError: Another training, or something else, is there.
+        StackError: The training there ran on another stack or device.
+    """
+    _make_writable(path)
+    state = _read_json(path / STATE)
+    found = sorted(path.glob("checkpoint-*"))
+    if state is None and found:
+        raise UsageError(
+            f"`{path}` must be empty or hold a training of this program, but holds {found[0].name} "
+            "of another; give another folder."
+        )
+    if state is not None and resume:
+        _check_same(path, state["identity"], identity)
+        checkpoint = last_complete_checkpoint(path)
+        if checkpoint is not None:
+            _check_stack(path, state["stack"], stack)
+        result = _read_json(path / RESULT)
+        return RunFolder(path=path, state=state, checkpoint=checkpoint, result=result)
+    for name in (RESULT, STATE):  # state.json goes last: it says that the rest is ours
+        if name == STATE:
+            for folder in [*found, path / ADAPTER]:
+                shutil.rmtree(folder, ignore_errors=True)
+        (path / name).unlink(missing_ok=True)
+    run = RunFolder(path=path, state={}, checkpoint=None, result=None)
+    run.keep(identity=dict(identity), stack=dict(stack), seconds_at={})
+    return run
+
+
+def last_complete_checkpoint(path: Path) -> Path | None:
+    """Return the latest checkpoint that can be gone on from, and remove torn ones."""
+    complete = None
+    for folder in sorted(path.glob("checkpoint-*"), key=_step):
+        if is_complete(folder):
+            complete = folder
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return complete
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file that an exact continuation needs is there and can be read to its end."""
+    state = _read_json(checkpoint / "trainer_state.json")
+    if state is None or state.get("global_step") != _step(checkpoint):
+        return False
+    if not all(_is_archive(checkpoint / name) for name in _ARCHIVES):
+        return False
+    index = _read_json(checkpoint / "model.safetensors.index.json")
+    shards = (
+        set() if index is None else {checkpoint / name for name in index["weight_map"].values()}
+    )
+    weights = shards | set(checkpoint.glob("*.safetensors"))
+    return bool(weights) and all(_is_safetensors(file) for file in weights)
+
+
+def _is_archive(file: Path) -> bool:
+    """Whether a file of torch.save is whole, by the checksums of the zip archive that it is."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+def _is_safetensors(file: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"):  # compares the header with the file's size
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def write_json(file: Path, data: Mapping[str, Any]) -> None:
+    """Replace a file as a whole, so that no reader ever meets half of it."""
+    beside = file.with_name(f".{file.name}.new")
+    with beside.open("w", encoding="utf-8") as stream:
+        json.dump(data, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(file)
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _make_writable(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OutputError(f"`{path}` must be a folder that can be written, but {error}.") from None
+
+
+def _step(checkpoint: Path) -> int:
+    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            raise UsageError(
+                f"`{path}` holds a training with {name} {old.get(name)!r}, but this one has "
+                f"{new.get(name)!r}; give another folder, or start anew without resuming."
+            )
+
+
+def _check_stack(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            raise StackError(
+                f"`{path}` holds a training begun with {name} {old.get(name)}, which cannot go on "
+                f"exactly with {new.get(name)}; go back to {old.get(name)}, or start anew without "
+                "resuming."
+            )

@@ -1,0 +1,138 @@
+"""Watch a trainer at work: time, tokens and loss of its steps, reported as `Progress`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from lora_advisor.advisor.outcome import Measured, Progress
+from lora_advisor.probes.meter import Meter
+
+#: Seconds between two reports.
+REPORT_S = 1.0
+
+#: Steps at the start whose times are left out: kernels are chosen, caches filled.
+WARMUP_STEPS = 3
+
+#: Steps that the pace is taken from.
+_RECENT = 50
+
+
+class Watch(TrainerCallback):
+    """Counts and times the steps; tells `progress` of them and `saved` of checkpoints.
+
+    A step's time runs from the end of the one before and includes loading its rows, but neither
+    reports nor checkpoints.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        *,
+        progress: Callable[[Progress], None],
+        saved: Callable[[int, float], None],
+        seconds_before: float,
+    ) -> None:
+        """Take whom to tell; `seconds_before` were spent by processes that were interrupted."""
+        self._meter = meter
+        self._progress = progress
+        self._saved = saved
+        self._seconds_before = seconds_before
+        self._begin = self._mark = self._reported = perf_counter()
+        self._end: float | None = self._begin  # nothing is spent until training begins
+        self._tokens = self._padded = 0
+        self._steps: list[tuple[float, int, int]] = []
+
+    def attach(self, trainer: Trainer) -> None:
+        """Count the tokens of every micro-batch the trainer takes."""
+        plain = trainer.training_step
+
+        def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            self._padded += inputs["input_ids"].numel()
+            # Without a mask no row is padded.
+            self._tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            return plain(model, inputs, *args, **kwargs)
+
+        vars(trainer)["training_step"] = counted  # over the method of the class
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training, by processes that were interrupted too."""
+        return (
+            self._seconds_before
+            + (perf_counter() if self._end is None else self._end)
+            - self._begin
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._end = None
+        self._begin = self._mark = self._reported = perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note a step, and ask for a report when it is time for one."""
+        self._meter.synchronize()
+        now = perf_counter()
+        self._steps.append((now - self._mark, self._tokens, self._padded))
+        self._tokens = self._padded = 0
+        self._mark = now
+        if now - self._reported >= REPORT_S or state.global_step in (1, state.max_steps):
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report."""
+        logs = kwargs["logs"]
+        if "loss" not in logs or not self._steps:
+            return
+        recent = self._steps[-_RECENT:]
+        seconds = sum(step[0] for step in recent)
+        pace = statistics.median(step[0] for step in recent)
+        self._progress(
+            Progress(
+                step=state.global_step,
+                steps=state.max_steps,
+                loss=float(logs["loss"]),
+                tokens_per_s=sum(step[1] for step in recent) / seconds,
+                padded_tokens_per_s=sum(step[2] for step in recent) / seconds,
+                peak_bytes=self._peak_bytes(),
+                seconds_left=(state.max_steps - state.global_step) * pace,
+            )
+        )
+        self._reported = self._mark = perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Tell of a checkpoint."""
+        self._saved(state.global_step, self.seconds)
+        self._mark = perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self._end = perf_counter()
+
+    def _peak_bytes(self) -> int | None:
+        memory = self._meter.memory()
+        return memory.reserved_bytes if memory.process_bytes is None else memory.process_bytes
+
+    def measured(self) -> Measured:
+        """Return what was measured, once training has ended."""
+        memory = self._meter.memory()
+        steps = self._steps[WARMUP_STEPS:]
+
+        def median(values: list[float]) -> float | None:
+            return statistics.median(values) if values else None
+
+        return Measured(
+            tokens_per_s=median([tokens / seconds for seconds, tokens, _ in steps]),
+            padded_tokens_per_s=median([padded / seconds for seconds, _, padded in steps]),
+            step_s=median([seconds for seconds, _, _ in steps]),
+            steps_measured=len(steps),
+            train_seconds=self.seconds,
+            peak_bytes=memory.process_bytes,
+            allocated_bytes=memory.allocated_bytes,
+            reserved_bytes=memory.reserved_bytes,
+        )
