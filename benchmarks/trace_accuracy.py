@@ -15,8 +15,8 @@ import statistics
 import time
 from pathlib import Path
 
-from lora_advisor.models.memory import MemoryModel, context_of, device_events
 from lora_advisor.models.allocator import replay
+from lora_advisor.models.memory import MemoryModel, context_of, device_events, traced_memory
 from lora_advisor.probes.architectures import from_hf_config
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.extend import trace_all_layers
@@ -71,7 +71,8 @@ def main() -> None:
         trace = trace_all_layers(config, from_hf_config("row", row["hf_config"]))
         seconds = time.perf_counter() - started
         expandable = config.allocator == "expandable_segments"
-        memory = model.predict(trace, config)
+        traced = traced_memory(trace, CAPABILITY, expandable=expandable, ample_bytes=0)
+        memory = model.predict(traced, config)
         survived = None
         if row["cap"] is not None:
             events = device_events(trace, CAPABILITY)

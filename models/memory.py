@@ -63,6 +63,52 @@ def context_of(capability: str | None, measured_bytes: int | None = None) -> Con
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TracedMemory:
+    """What a trace comes to on a card, before anything is learnt from probes.
+
+    Attributes:
+        allocated_bytes: Peak of live tensors.
+        reserved_bytes: Peak of the caching allocator without a cap.
+        needed_bytes: Smallest cap the run survives; `reserved_bytes` where that is small enough.
+        instant: Where the peak lies.
+        components: Bytes at the peak by owner.
+        phases: Peak of live tensors in each phase.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int
+    needed_bytes: int
+    instant: str
+    components: Mapping[str, int]
+    phases: Mapping[str, int]
+
+
+def traced_memory(
+    trace: Trace, capability: str | None, *, expandable: bool, ample_bytes: int
+) -> TracedMemory:
+    """Replay a trace on a card's allocator.
+
+    Args:
+        trace: The trace.
+        capability: Compute capability of the card.
+        expandable: Whether the allocator's segments expand.
+        ample_bytes: Where the reserve stays below, nobody asks for the smallest cap, and it is not
+            looked for.
+    """
+    events = device_events(trace, capability)
+    result = replay(events, expandable=expandable)
+    tight = result.reserved_bytes > ample_bytes
+    return TracedMemory(
+        allocated_bytes=result.allocated_bytes,
+        reserved_bytes=result.reserved_bytes,
+        needed_bytes=needed(events, result, expandable=expandable) if tight else result.reserved_bytes,
+        instant=instant(trace, result.peak_index, events),
+        components=components(trace, events, result),
+        phases=result.phase_peaks,
+    )
+
+
 def device_events(trace: Trace, capability: str | None) -> list[tuple[int, int, str]]:
     """Return the trace's events with the workspaces that cuBLAS takes at its first products."""
     size = _HOPPER_WORKSPACE if (capability or "").startswith("9.") else _WORKSPACE
@@ -129,24 +175,19 @@ class MemoryModel:
         upper = weight * spread + (1 - weight) * TRACED_RESERVED_UPPER
         return cls(capability, context, 1.0 + gap, upper, len(pairs))
 
-    def predict(self, trace: Trace, config: RunConfig) -> MemoryPrediction:
-        """Return the memory of the run that a trace stands for."""
-        expandable = config.allocator == "expandable_segments"
-        events = device_events(trace, self.capability)
-        result = replay(events, expandable=expandable)
-        reserved = max(result.allocated_bytes, round(result.reserved_bytes * self.reserved_gap))
-        process = reserved + self.context.value_bytes
+    def predict(self, traced: TracedMemory, config: RunConfig) -> MemoryPrediction:
+        """Return the memory of a run from what its trace came to."""
+        reserved = max(traced.allocated_bytes, round(traced.reserved_bytes * self.reserved_gap))
         bound = self.upper + (_COMPILED_UPPER if config.compile != "off" else 0.0)
-        upper = round(reserved * (1 + bound)) + self.context.upper_bytes
         return MemoryPrediction(
-            allocated_bytes=result.allocated_bytes,
+            allocated_bytes=traced.allocated_bytes,
             reserved_bytes=reserved,
-            process_bytes=process,
-            process_upper_bytes=upper,
-            needed_bytes=needed(events, result, expandable=expandable),
-            instant=instant(trace, result.peak_index, events),
-            components=components(trace, events, result),
-            phases=dict(result.phase_peaks),
+            process_bytes=reserved + self.context.value_bytes,
+            process_upper_bytes=round(reserved * (1 + bound)) + self.context.upper_bytes,
+            needed_bytes=min(reserved, traced.needed_bytes),
+            instant=traced.instant,
+            components=dict(traced.components),
+            phases=dict(traced.phases),
             evidence="probed" if self.probes else "traced",
         )
 
@@ -165,9 +206,9 @@ class MemoryModel:
 
 
 def needed(events: list[tuple[int, int, str]], free: Replay, *, expandable: bool) -> int:
-    """Return the smallest cap, to 16 MiB, under which the events run through."""
+    """Return the smallest cap, to 64 MiB, under which the events run through."""
     low, high = free.allocated_bytes, max(free.reserved_bytes, free.allocated_bytes)
-    while high - low > 16 * MIB:
+    while high - low > 64 * MIB:
         middle = (low + high) // 2
         if replay(events, cap_bytes=middle, expandable=expandable).survived:
             high = middle

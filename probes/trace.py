@@ -80,6 +80,16 @@ class Work:
         )
 
 
+    def times(self, factor: float) -> Work:
+        """Multiply term by term."""
+        return Work(
+            self.launches * factor,
+            self.matmul_flops * factor,
+            self.attention_flops * factor,
+            self.bytes_moved * factor,
+        )
+
+
 @dataclass(frozen=True)
 class Trace:
     """What one training step allocates and computes.
@@ -106,7 +116,11 @@ class Trace:
 
 
 def trace_step(config: RunConfig, architecture: Architecture, *, layers: int | None = None) -> Trace:
-    """Trace two steps of a configuration.
+    """Trace two steps of a configuration, each of one micro-batch.
+
+    With accumulation the second step keeps the first one's gradients, which is the state that every
+    micro-batch but the first of a step meets; `Trace.work` is that of one micro-batch and one
+    optimizer step.
 
     Args:
         config: What to trace.
@@ -125,9 +139,13 @@ def trace_step(config: RunConfig, architecture: Architecture, *, layers: int | N
 
     from lora_advisor.probes.cuda_semantics import cuda_semantics, fake_quantise, traced_config
 
-    config = traced_config(config)
+    gradients_stay = config.accumulation > 1
+    config = traced_config(config).replace(accumulation=1)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder()
+    # What is alive now outlives the trace: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
     model = skeleton(config, architecture, "cpu", layers=layers)
     with _quiet(), fake_mode, cuda_semantics(config, model), recorder:
         fill(model, weights_dtype(config), "cpu", fake_quantise)
@@ -142,7 +160,10 @@ def trace_step(config: RunConfig, architecture: Architecture, *, layers: int | N
             callbacks=[_phase_callback(recorder)],
         )
         trainer.remove_callback(PrinterCallback)
-        batches = [_fake_batch(trainer, config) for _ in range(2 * config.accumulation)]
+        if gradients_stay:
+            # A later micro-batch of a step meets the gradients of those before it.
+            trainer.model.zero_grad = lambda *_, **__: None
+        batches = [_fake_batch(trainer, config) for _ in range(2)]
         trainer.get_train_dataloader = lambda: _FakeLoader(batches)
         _mark_backward(trainer, recorder)
         _mark_layers(trainer, recorder)
@@ -151,6 +172,7 @@ def trace_step(config: RunConfig, architecture: Architecture, *, layers: int | N
         recorder.closed = True
         del trainer, model, batches
     gc.collect()
+    gc.unfreeze()
     return traced
 
 

@@ -1,0 +1,194 @@
+"""What is known of a model on a card, and what it says of a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lora_advisor.models.memory import Context, MemoryModel, TracedMemory, context_of, traced_memory
+from lora_advisor.models.throughput import Observation, ThroughputModel
+from lora_advisor.probes.architectures import Architecture
+from lora_advisor.probes.cards import Card
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.extend import between, trace_all_layers
+from lora_advisor.probes.machine import GIB, Machine
+from lora_advisor.probes.plan import Candidate
+from lora_advisor.probes.prediction import Prediction
+from lora_advisor.probes.record import ProbeResult
+from lora_advisor.probes.trace import Trace, Work
+
+#: What Python and its libraries hold on a CPU before the model does: measured 0.6 GiB after the
+#: imports (facts of the packages) and what training adds; probes replace it.
+_CPU_CONTEXT = Context(value_bytes=GIB, upper_bytes=2 * GIB, measured=False)
+#: From here on a step does the same things whatever the micro-batch: TRL's loss takes tiles of 4096
+#: tokens (trl/kernels/chunked_logprob.py), bitsandbytes changes kernels at 1536.
+_REGULAR_TOKENS = 4096
+
+
+@dataclass
+class TraceStore:
+    """Traces of one architecture, each made once; micro-batches are interpolated where exact."""
+
+    architecture: Architecture
+    traces: dict[RunConfig, Trace] = field(default_factory=dict)
+    memories: dict[tuple[RunConfig, str | None, int], TracedMemory] = field(default_factory=dict)
+
+    def memory(self, config: RunConfig, capability: str | None, ample_bytes: int) -> TracedMemory:
+        """Return what a configuration's trace comes to on a card's allocator."""
+        kept = config.replace(accumulation=min(config.accumulation, 2), compile="off")
+        key = (kept, capability, ample_bytes)
+        if key not in self.memories:
+            self.memories[key] = traced_memory(
+                self.get(config),
+                capability,
+                expandable=config.allocator == "expandable_segments",
+                ample_bytes=ample_bytes,
+            )
+        return self.memories[key]
+
+    def get(self, config: RunConfig) -> Trace:
+        """Return the trace of a configuration.
+
+        More than two micro-batches in a step repeat the second; the predictor counts them.
+        """
+        config = config.replace(
+            accumulation=min(config.accumulation, 2), allocator="default", compile="off"
+        )
+        if config not in self.traces:
+            self.traces[config] = self._interpolated(config) or trace_all_layers(
+                config, self.architecture
+            )
+        return self.traces[config]
+
+    def _interpolated(self, config: RunConfig) -> Trace | None:
+        known = sorted(
+            (other.micro_batch, other)
+            for other in self.traces
+            if other.tokens >= _REGULAR_TOKENS
+            and other.replace(micro_batch=config.micro_batch) == config
+        ) if config.tokens >= _REGULAR_TOKENS else []
+        if len(known) < 2:
+            return None
+        (low, first), (high, last) = known[0], known[-1]
+        share = (config.micro_batch - low) / (high - low)
+        return between(self.traces[first], self.traces[last], share=share)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """Models of one architecture on one card, as far as probes have taught them.
+
+    Attributes:
+        store: Traces.
+        machine: The device.
+        card: Its row in the card table; None if it has none.
+        limit_bytes: What the process may hold on it.
+        memory: Memory model.
+        throughput: Throughput model; None while nothing is known of the device.
+        results: The probes behind the models.
+    """
+
+    store: TraceStore
+    machine: Machine
+    card: Card | None
+    limit_bytes: int
+    memory: MemoryModel
+    throughput: ThroughputModel | None
+    results: tuple[ProbeResult, ...] = ()
+
+    @classmethod
+    def start(
+        cls,
+        architecture: Architecture,
+        machine: Machine,
+        card: Card | None,
+        *,
+        limit_bytes: int,
+        precision: str,
+        context_bytes: int | None = None,
+    ) -> Predictor:
+        """Return the models before any probe."""
+        capability = machine.capability
+        context = (
+            _CPU_CONTEXT if machine.kind == "cpu" else context_of(capability, context_bytes)
+        )
+        throughput = None if card is None else ThroughputModel.roofline(card, precision)
+        memory = MemoryModel(capability, context)
+        return cls(TraceStore(architecture), machine, card, limit_bytes, memory, throughput)
+
+    def learn(self, results: Sequence[ProbeResult]) -> Predictor:
+        """Return models taught by all probes so far, these included."""
+        every = self.results + tuple(results)
+        ran = [r for r in every if r.outcome == "ok" and r.config.is_buildable]
+        changes: dict[str, object] = {"results": every}
+        if ran:
+            changes["throughput"] = ThroughputModel.fit(self.card, [self._observed(r) for r in ran])
+            changes["memory"] = self._learnt_memory(ran)
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def _observed(self, result: ProbeResult) -> Observation:
+        assert result.step_s is not None
+        work = self.work(result.config)
+        return Observation(config=result.config, work=work, step_s=result.step_s)
+
+    def _learnt_memory(self, ran: Sequence[ProbeResult]) -> MemoryModel:
+        model = MemoryModel(self.memory.capability, self.memory.context)
+        if self.machine.kind == "cpu":
+            held = [
+                result.process_bytes - self._traced(result.config).reserved_bytes
+                for result in ran
+                if result.process_bytes is not None
+            ]
+            if not held:
+                return model
+            context = Context(
+                value_bytes=max(0, sorted(held)[len(held) // 2]), upper_bytes=max(0, *held), measured=True
+            )
+            return MemoryModel(None, context, probes=len(held))
+        pairs = [
+            (self._traced(r.config).reserved_bytes, r.reserved_bytes)
+            for r in ran
+            if r.reserved_bytes is not None and not r.alloc_retries and r.config.compile == "off"
+        ]
+        measured = [r.context_bytes for r in ran if r.context_bytes is not None]
+        context = context_of(None, max(measured)) if measured else model.context
+        return MemoryModel.fit(model.capability, context, pairs)
+
+    def _traced(self, config: RunConfig) -> TracedMemory:
+        # A run that needs less than 70 % of the limit fits whatever the bound.
+        return self.store.memory(config, self.machine.capability, int(0.7 * self.limit_bytes))
+
+    def work(self, config: RunConfig) -> Work:
+        """Return the work of one optimizer step."""
+        trace = self.store.get(config)
+        once = sum((w for (phase, _), w in trace.work.items() if phase == "optimizer"), Work())
+        each = sum((w for (phase, _), w in trace.work.items() if phase != "optimizer"), Work())
+        return once + each.times(config.accumulation)
+
+    def predict(self, config: RunConfig) -> Prediction:
+        """Return what one configuration needs and reaches."""
+        memory = self.memory.predict(self._traced(config), config)
+        verdict = self.memory.verdict(config, memory, self.limit_bytes)
+        step = speed = None
+        if self.throughput is not None:
+            work = self.work(config)
+            step = self.throughput.step(config, work)
+            speed = self.throughput.tokens_per_s(config, work)
+        evidence = "probed" if self.results and self.throughput and self.throughput.probes else "traced"
+        return Prediction(
+            memory=memory, verdict=verdict, step_s=step, tokens_per_s=speed, evidence=evidence
+        )
+
+    def result_of(self, config: RunConfig) -> ProbeResult | None:
+        """Return the probe of exactly this configuration; the last one if there are several."""
+        return next((r for r in reversed(self.results) if r.config == config), None)
+
+    def candidate(self, config: RunConfig, reason: str | None = None) -> Candidate:
+        """Return a configuration with all that is known of it."""
+        return Candidate(
+            config=config,
+            prediction=self.predict(config),
+            measured=self.result_of(config),
+            reason=reason,
+        )

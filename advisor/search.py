@@ -1,0 +1,159 @@
+"""Search the space with Optuna over the models; nothing is run here."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora_advisor.advisor.predictor import Predictor
+from lora_advisor.advisor.space import Space
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.plan import Candidate
+
+#: Of two configurations whose predicted speed differs by less, the plainer one is taken.
+_TIE = 0.002
+_PLAIN = {"allocator": "default", "optimizer": "adamw_torch_fused", "kernels": "none", "compile": "off"}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the search looked at.
+
+    Attributes:
+        feasible: Candidates that fit or may fit, best first.
+        infeasible: Candidates that do not fit, least memory first.
+        trials: Number of trials.
+    """
+
+    feasible: tuple[Candidate, ...]
+    infeasible: tuple[Candidate, ...]
+    trials: int
+
+
+#: Knobs that move memory a little and speed hardly at all with an adapter; they are varied only
+#: around the best arms.
+_SECONDARY = ("optimizer", "allocator")
+_ARMS_VARIED = 3
+
+
+def search(
+    space: Space,
+    predictor: Predictor,
+    *,
+    objective: str,
+    seed: int,
+    free_trials: int = 8,
+    progress: Callable[[int], None] = lambda done: None,
+) -> SearchResult:
+    """Look for the best configurations under the memory bound.
+
+    The study is Optuna's, with the bound as a constraint. It starts with every arm in its plain
+    form, from the largest micro-batch down to the first that fits (a smaller one is not faster),
+    goes on with the secondary knobs of the best arms, and ends with trials of TPE's own choice.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    seen: dict[RunConfig, Candidate] = {}
+
+    def run(trial: optuna.Trial) -> float:
+        choice = {k: trial.suggest_categorical(k, list(v)) for k, v in space.axes.items()}
+        progress(trial.number + 1)
+        try:
+            config = space.config(choice)
+        except UsageError:
+            raise optuna.TrialPruned from None
+        if _dominated(config, seen):
+            raise optuna.TrialPruned
+        candidate = seen.setdefault(config, predictor.candidate(config))
+        trial.set_constraint("memory", _excess(candidate, predictor.limit_bytes))
+        return score(candidate, objective)
+
+    sampler = optuna.samplers.TPESampler(seed=seed)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+
+    def look_at(choices: Sequence[dict[str, Any]]) -> None:
+        for choice in choices:
+            study.enqueue_trial(choice)
+        study.optimize(run, n_trials=len(choices))
+
+    look_at(_plain_choices(space))
+    look_at(_varied_choices(space, rank(_fitting(seen), objective)))
+    study.optimize(run, n_trials=free_trials)
+    return SearchResult(
+        tuple(rank([c for c in seen.values() if c.prediction.verdict != "does not fit"], objective)),
+        tuple(c for c in seen.values() if c.prediction.verdict == "does not fit"),
+        len(study.trials),
+    )
+
+
+def _plain_choices(space: Space) -> list[dict[str, Any]]:
+    """Return every arm with the first value of each secondary knob, large micro-batches first."""
+    axes = {
+        knob: values[:1] if knob in _SECONDARY else values for knob, values in space.axes.items()
+    }
+    axes["micro_batch"] = tuple(sorted(axes.pop("micro_batch"), reverse=True))
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _varied_choices(space: Space, best: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Return the secondary knobs' values around the best arms, larger micro-batches included."""
+    choices = []
+    arms: list[RunConfig] = []
+    for candidate in best:
+        arm = candidate.config.replace(micro_batch=1, accumulation=1)
+        if arm in arms or len(arms) == _ARMS_VARIED:
+            continue
+        arms.append(arm)
+        larger = [n for n in space.axes["micro_batch"] if n >= candidate.config.micro_batch]
+        for values in itertools.product(*(space.axes[knob] for knob in _SECONDARY)):
+            for micro_batch in sorted(larger, reverse=True):
+                known = {knob: getattr(candidate.config, knob) for knob in space.axes}
+                varied = dict(zip(_SECONDARY, values, strict=True))
+                choices.append({**known, **varied, "micro_batch": micro_batch})
+    return choices
+
+
+def _dominated(config: RunConfig, seen: dict[RunConfig, Candidate]) -> bool:
+    """Whether the same configuration with a larger micro-batch is known to fit."""
+    return any(
+        other.micro_batch > config.micro_batch
+        and candidate.prediction.verdict == "fits"
+        and other.replace(micro_batch=config.micro_batch, accumulation=config.accumulation) == config
+        for other, candidate in seen.items()
+    )
+
+
+def _fitting(seen: dict[RunConfig, Candidate]) -> list[Candidate]:
+    return [c for c in seen.values() if c.prediction.verdict == "fits"]
+
+
+def _excess(candidate: Candidate, limit_bytes: int) -> float:
+    """How far the bound of the process is above the limit, as a share of it; negative within."""
+    return candidate.prediction.memory.process_upper_bytes / limit_bytes - 1
+
+
+def score(candidate: Candidate, objective: str) -> float:
+    """Return what is maximised.
+
+    Where nothing is known of the device's speed, more tokens in one micro-batch stand for more
+    speed, which holds until the device is busy.
+    """
+    speed = candidate.tokens_per_s
+    plainness = sum(getattr(candidate.config, knob) == value for knob, value in _PLAIN.items())
+    tie = 1 + _TIE * plainness / len(_PLAIN)
+    if objective == "seq_len":
+        return candidate.config.seq_len * tie
+    if objective == "joules_per_token":
+        measured = None if candidate.measured is None else candidate.measured.joules_per_token
+        if measured is not None:
+            return tie / measured
+    return (speed if speed is not None else candidate.config.tokens) * tie
+
+
+def rank(candidates: Sequence[Candidate], objective: str) -> list[Candidate]:
+    """Return candidates best first."""
+    return sorted(candidates, key=lambda c: score(c, objective), reverse=True)

@@ -1,0 +1,161 @@
+"""The legal configurations for a spec and a device, and why each part left out is left out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora_advisor.probes.cards import Card
+from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.machine import Machine, Stack
+from lora_advisor.probes.spec import Spec
+
+
+@dataclass(frozen=True)
+class Space:
+    """The axes of the search.
+
+    Attributes:
+        axes: Values of each knob that is searched or fixed.
+        base: What all configurations share.
+        effective_batch: Sequences in one optimizer step, the same for all.
+        excluded: What was left out, and why.
+    """
+
+    axes: Mapping[str, tuple[Any, ...]]
+    base: Mapping[str, Any]
+    effective_batch: int
+    excluded: tuple[tuple[str, str], ...]
+
+    def config(self, choice: Mapping[str, Any]) -> RunConfig:
+        """Return the configuration of one choice a knob.
+
+        Raises:
+            UsageError: The combination is illegal.
+        """
+        values = {**self.base, **choice}
+        values["accumulation"] = self.effective_batch // values["micro_batch"]
+        values.setdefault("loss", _loss(values))
+        if values["method"] == "full":
+            values["lora"] = None
+        return RunConfig(**values)
+
+    def configs(self) -> Iterator[RunConfig]:
+        """Return every legal configuration."""
+        for values in itertools.product(*self.axes.values()):
+            try:
+                yield self.config(dict(zip(self.axes, values, strict=True)))
+            except UsageError:
+                continue
+
+
+def _loss(values: Mapping[str, Any]) -> str:
+    """The loss path that the trainer takes unless told otherwise."""
+    return "fused" if values["trainer"] == "trl" or values["kernels"] == "liger" else "full"
+
+
+def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -> Space:
+    """Return the space of a spec.
+
+    Raises:
+        UsageError: The fixed knobs leave no legal configuration.
+    """
+    excluded: list[tuple[str, str]] = []
+    axes: dict[str, tuple[Any, ...]] = {
+        "trainer": ("trl",),
+        "method": ("lora", "qlora"),
+        "micro_batch": tuple(n for n in range(1, spec.effective_batch + 1) if spec.effective_batch % n == 0),
+        "optimizer": ("adamw_torch_fused", "paged_adamw_8bit"),
+        "precision": (_precision(machine, card),),
+        "checkpointing": ("full", "every_2", "off"),
+        "attention": ("sdpa",),
+        "kernels": ("none", "liger"),
+        "compile": ("off", "layers"),
+        "allocator": ("default", "expandable_segments"),
+        "packing": (False,),
+        "fp32_upcast": (False,),
+    }
+    _exclude(axes, excluded, machine, stack)
+    for knob, value in spec.fixed.items():
+        if knob == "micro_batch" and spec.effective_batch % value:
+            raise UsageError(
+                f"`--micro-batch` must divide the effective batch, but {value} does not divide "
+                f"{spec.effective_batch}; give --batch {value * -(-spec.effective_batch // value)}."
+            )
+        axes[knob] = (value,)
+        excluded = [item for item in excluded if not item[0].startswith(f"{knob} ")]
+    base = {
+        "model": spec.model,
+        "seq_len": spec.seq_len,
+        "lora": LoraShape(r=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=spec.targets),
+    }
+    space = Space(axes, base, spec.effective_batch, tuple(excluded))
+    if next(space.configs(), None) is None:
+        first = {knob: values[0] for knob, values in axes.items()}
+        try:
+            space.config(first)
+        except UsageError as error:
+            raise UsageError(f"the fixed knobs leave no legal configuration: {error}") from None
+    return space
+
+
+def _precision(machine: Machine, card: Card | None) -> str:
+    """bf16 where the device multiplies in it, else fp16; fp32 on a CPU, where both are slower."""
+    if machine.kind == "cpu":
+        return "fp32"
+    if card is not None:
+        return "bf16" if card.bf16_tflops else "fp16"
+    return "bf16" if float(machine.capability or 8) >= 8 else "fp16"
+
+
+def _exclude(
+    axes: dict[str, tuple[Any, ...]],
+    excluded: list[tuple[str, str]],
+    machine: Machine,
+    stack: Stack,
+) -> None:
+    def leave_out(knob: str, value: str, why: str) -> None:
+        axes[knob] = tuple(v for v in axes[knob] if v != value)
+        excluded.append((f"{knob} {value}", why))
+
+    if machine.kind == "cpu":
+        leave_out("kernels", "liger", "its Triton kernels need a GPU")
+        leave_out("compile", "layers", "on a CPU compiling costs more than it brings")
+        leave_out("optimizer", "paged_adamw_8bit", "paging moves states off a GPU; there is none")
+        leave_out("allocator", "expandable_segments", "it is a setting of the GPU's allocator")
+    elif stack.liger_kernel is None:
+        leave_out("kernels", "liger", "liger-kernel is not installed (lora-advisor[gpu])")
+    if machine.kind == "card":
+        leave_out("compile", "layers", "what compiled layers need can only be measured, on the card")
+    if stack.trl is None:
+        axes["trainer"] = ("transformers",)
+        excluded.append(("trainer trl", "trl is not installed"))
+
+
+def baseline_config(spec: Spec, precision: str) -> RunConfig:
+    """Return what most tutorials run: Trainer, QLoRA after prepare_model_for_kbit_training, 2 rows.
+
+    It keeps the user's sequence length, effective batch and adapter.
+    """
+    micro_batch = 2 if spec.effective_batch % 2 == 0 else 1
+    return RunConfig(
+        model=spec.model,
+        trainer="transformers",
+        method="qlora",
+        micro_batch=micro_batch,
+        accumulation=spec.effective_batch // micro_batch,
+        seq_len=spec.seq_len,
+        optimizer="adamw_torch_fused",
+        precision=precision,
+        checkpointing="full",
+        attention="sdpa",
+        kernels="none",
+        loss="full",
+        fp32_upcast=True,
+        lora=LoraShape(r=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=spec.targets),
+        compile="off",
+        allocator="default",
+    )
