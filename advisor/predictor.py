@@ -34,16 +34,18 @@ class TraceStore:
     traces: dict[RunConfig, Trace] = field(default_factory=dict)
     memories: dict[tuple[RunConfig, str | None, int], TracedMemory] = field(default_factory=dict)
 
-    def memory(self, config: RunConfig, capability: str | None, ample_bytes: int) -> TracedMemory:
+    def memory(self, config: RunConfig, capability: str | None, limit_bytes: int) -> TracedMemory:
         """Return what a configuration's trace comes to on a card's allocator."""
         kept = config.replace(accumulation=min(config.accumulation, 2), compile="off")
-        key = (kept, capability, ample_bytes)
+        key = (kept, capability, limit_bytes)
         if key not in self.memories:
             self.memories[key] = traced_memory(
                 self.get(config),
                 capability,
                 expandable=config.allocator == "expandable_segments",
-                ample_bytes=ample_bytes,
+                # A run that reserves less than 70 % of the limit fits whatever the bound.
+                ample_bytes=int(0.7 * limit_bytes),
+                limit_bytes=limit_bytes,
             )
         return self.memories[key]
 
@@ -62,12 +64,16 @@ class TraceStore:
         return self.traces[config]
 
     def _interpolated(self, config: RunConfig) -> Trace | None:
-        known = sorted(
-            (other.micro_batch, other)
-            for other in self.traces
-            if other.tokens >= _REGULAR_TOKENS
-            and other.replace(micro_batch=config.micro_batch) == config
-        ) if config.tokens >= _REGULAR_TOKENS else []
+        known = (
+            sorted(
+                (other.micro_batch, other)
+                for other in self.traces
+                if other.tokens >= _REGULAR_TOKENS
+                and other.replace(micro_batch=config.micro_batch) == config
+            )
+            if config.tokens >= _REGULAR_TOKENS
+            else []
+        )
         if len(known) < 2:
             return None
         (low, first), (high, last) = known[0], known[-1]
@@ -110,9 +116,7 @@ class Predictor:
     ) -> Predictor:
         """Return the models before any probe."""
         capability = machine.capability
-        context = (
-            _CPU_CONTEXT if machine.kind == "cpu" else context_of(capability, context_bytes)
-        )
+        context = _CPU_CONTEXT if machine.kind == "cpu" else context_of(capability, context_bytes)
         throughput = None if card is None else ThroughputModel.roofline(card, precision)
         memory = MemoryModel(capability, context)
         return cls(TraceStore(architecture), machine, card, limit_bytes, memory, throughput)
@@ -143,7 +147,9 @@ class Predictor:
             if not held:
                 return model
             context = Context(
-                value_bytes=max(0, sorted(held)[len(held) // 2]), upper_bytes=max(0, *held), measured=True
+                value_bytes=max(0, sorted(held)[len(held) // 2]),
+                upper_bytes=max(0, *held),
+                measured=True,
             )
             return MemoryModel(None, context, probes=len(held))
         pairs = [
@@ -156,8 +162,7 @@ class Predictor:
         return MemoryModel.fit(model.capability, context, pairs)
 
     def _traced(self, config: RunConfig) -> TracedMemory:
-        # A run that needs less than 70 % of the limit fits whatever the bound.
-        return self.store.memory(config, self.machine.capability, int(0.7 * self.limit_bytes))
+        return self.store.memory(config, self.machine.capability, self.limit_bytes)
 
     def work(self, config: RunConfig) -> Work:
         """Return the work of one optimizer step."""
@@ -175,7 +180,9 @@ class Predictor:
             work = self.work(config)
             step = self.throughput.step(config, work)
             speed = self.throughput.tokens_per_s(config, work)
-        evidence = "probed" if self.results and self.throughput and self.throughput.probes else "traced"
+        evidence = (
+            "probed" if self.results and self.throughput and self.throughput.probes else "traced"
+        )
         return Prediction(
             memory=memory, verdict=verdict, step_s=step, tokens_per_s=speed, evidence=evidence
         )

@@ -15,7 +15,12 @@ from lora_advisor.probes.plan import Candidate
 
 #: Of two configurations whose predicted speed differs by less, the plainer one is taken.
 _TIE = 0.002
-_PLAIN = {"allocator": "default", "optimizer": "adamw_torch_fused", "kernels": "none", "compile": "off"}
+_PLAIN = {
+    "allocator": "default",
+    "optimizer": "adamw_torch_fused",
+    "kernels": "none",
+    "compile": "off",
+}
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,9 @@ def search(
     """Look for the best configurations under the memory bound.
 
     The study is Optuna's, with the bound as a constraint. It starts with every arm in its plain
-    form, from the largest micro-batch down to the first that fits (a smaller one is not faster),
-    goes on with the secondary knobs of the best arms, and ends with trials of TPE's own choice.
+    form, its micro-batches in the order of a bisection (what is smaller than one that fits is not
+    faster, what is larger than one that does not fit does not fit either; both are pruned), goes on
+    with the secondary knobs of the best arms, and ends with trials of TPE's own choice.
     """
     import optuna
 
@@ -66,7 +72,7 @@ def search(
             config = space.config(choice)
         except UsageError:
             raise optuna.TrialPruned from None
-        if _dominated(config, seen):
+        if _settled(config, seen):
             raise optuna.TrialPruned
         candidate = seen.setdefault(config, predictor.candidate(config))
         trial.set_constraint("memory", _excess(candidate, predictor.limit_bytes))
@@ -84,18 +90,20 @@ def search(
     look_at(_varied_choices(space, rank(_fitting(seen), objective)))
     study.optimize(run, n_trials=free_trials)
     return SearchResult(
-        tuple(rank([c for c in seen.values() if c.prediction.verdict != "does not fit"], objective)),
+        tuple(
+            rank([c for c in seen.values() if c.prediction.verdict != "does not fit"], objective)
+        ),
         tuple(c for c in seen.values() if c.prediction.verdict == "does not fit"),
         len(study.trials),
     )
 
 
 def _plain_choices(space: Space) -> list[dict[str, Any]]:
-    """Return every arm with the first value of each secondary knob, large micro-batches first."""
+    """Return every arm with the first value of each secondary knob."""
     axes = {
         knob: values[:1] if knob in _SECONDARY else values for knob, values in space.axes.items()
     }
-    axes["micro_batch"] = tuple(sorted(axes.pop("micro_batch"), reverse=True))
+    axes["micro_batch"] = tuple(_bisection(sorted(axes.pop("micro_batch"))))
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -110,21 +118,36 @@ def _varied_choices(space: Space, best: Sequence[Candidate]) -> list[dict[str, A
         arms.append(arm)
         larger = [n for n in space.axes["micro_batch"] if n >= candidate.config.micro_batch]
         for values in itertools.product(*(space.axes[knob] for knob in _SECONDARY)):
-            for micro_batch in sorted(larger, reverse=True):
+            for micro_batch in _bisection(sorted(larger)):
                 known = {knob: getattr(candidate.config, knob) for knob in space.axes}
                 varied = dict(zip(_SECONDARY, values, strict=True))
                 choices.append({**known, **varied, "micro_batch": micro_batch})
     return choices
 
 
-def _dominated(config: RunConfig, seen: dict[RunConfig, Candidate]) -> bool:
-    """Whether the same configuration with a larger micro-batch is known to fit."""
-    return any(
-        other.micro_batch > config.micro_batch
-        and candidate.prediction.verdict == "fits"
-        and other.replace(micro_batch=config.micro_batch, accumulation=config.accumulation) == config
-        for other, candidate in seen.items()
-    )
+def _bisection(values: Sequence[int]) -> list[int]:
+    """Return values in the order in which a bisection may ask for them: the middle first."""
+    order, parts = [], [list(values)]
+    while parts:
+        part = parts.pop(0)
+        if part:
+            middle = len(part) // 2
+            order.append(part[middle])
+            parts += [part[middle + 1 :], part[:middle]]
+    return order
+
+
+def _settled(config: RunConfig, seen: dict[RunConfig, Candidate]) -> bool:
+    """Whether another micro-batch of the same configuration settles this one."""
+    for other, candidate in seen.items():
+        verdict = candidate.prediction.verdict
+        if (verdict == "fits" and other.micro_batch > config.micro_batch) or (
+            verdict == "does not fit" and other.micro_batch < config.micro_batch
+        ):
+            size = {"micro_batch": config.micro_batch, "accumulation": config.accumulation}
+            if other.replace(**size) == config:
+                return True
+    return False
 
 
 def _fitting(seen: dict[RunConfig, Candidate]) -> list[Candidate]:

@@ -67,7 +67,9 @@ def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -
     axes: dict[str, tuple[Any, ...]] = {
         "trainer": ("trl",),
         "method": ("lora", "qlora"),
-        "micro_batch": tuple(n for n in range(1, spec.effective_batch + 1) if spec.effective_batch % n == 0),
+        "micro_batch": tuple(
+            n for n in range(1, spec.effective_batch + 1) if spec.effective_batch % n == 0
+        ),
         "optimizer": ("adamw_torch_fused", "paged_adamw_8bit"),
         "precision": (_precision(machine, card),),
         "checkpointing": ("full", "every_2", "off"),
@@ -90,7 +92,9 @@ def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -
     base = {
         "model": spec.model,
         "seq_len": spec.seq_len,
-        "lora": LoraShape(r=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=spec.targets),
+        "lora": LoraShape(
+            r=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=spec.targets
+        ),
     }
     space = Space(axes, base, spec.effective_batch, tuple(excluded))
     if next(space.configs(), None) is None:
@@ -129,7 +133,9 @@ def _exclude(
     elif stack.liger_kernel is None:
         leave_out("kernels", "liger", "liger-kernel is not installed (lora-advisor[gpu])")
     if machine.kind == "card":
-        leave_out("compile", "layers", "what compiled layers need can only be measured, on the card")
+        leave_out(
+            "compile", "layers", "what compiled layers need can only be measured, on the card"
+        )
     if stack.trl is None:
         axes["trainer"] = ("transformers",)
         excluded.append(("trainer trl", "trl is not installed"))

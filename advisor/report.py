@@ -1,0 +1,272 @@
+"""Plans and answers as text for people. Bytes become GiB and seconds hours only here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tabulate import tabulate
+
+from lora_advisor.advisor.finding import Finding
+from lora_advisor.advisor.fit import FitAnswer
+from lora_advisor.advisor.outcome import Progress, TrainingResult
+from lora_advisor.probes.cards import Card
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.machine import GIB
+from lora_advisor.probes.plan import Candidate, Plan
+from lora_advisor.probes.prediction import Interval, MemoryPrediction
+
+#: How each kind of evidence is said.
+_KNOWN = {
+    "traced": "traced: a prediction, not measured",
+    "probed": "predicted from probes of neighbouring configurations here",
+    "proved": "proved: this configuration ran under the cap",
+}
+_BAR_WIDTH = 40
+
+
+def gib(size: float) -> str:
+    """Write a size for people."""
+    return f"{size / GIB:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+def speed_text(candidate: Candidate) -> str:
+    """Write a speed with how it is known."""
+    measured = candidate.measured
+    if measured is not None and measured.tokens_per_s is not None:
+        return f"{measured.tokens_per_s:,.0f} tokens/s measured"
+    return interval_text(candidate.prediction.tokens_per_s)
+
+
+def interval_text(speed: Interval | None) -> str:
+    """Write a predicted speed; unknown is said."""
+    if speed is None:
+        return "unknown"
+    return f"{speed.value:,.0f} tokens/s ({speed.low:,.0f} to {speed.high:,.0f})"
+
+
+def plan_text(plan: Plan) -> str:
+    """Write a plan: the answer first, then why, then what it rests on."""
+    chosen = plan.chosen
+    lines = [_headline(plan), ""]
+    lines.append(tabulate(_config_rows(chosen.config), tablefmt="plain"))
+    lines += ["", _figures(plan), "", f"known how: {_KNOWN[chosen.evidence]}"]
+    if plan.data is not None and plan.epoch_s is not None:
+        epochs = plan.spec.epochs
+        lines.append(
+            f"your data: {plan.data.rows:,} rows, {plan.data.tokens:,} tokens; one epoch "
+            f"{duration(plan.epoch_s)}, {epochs:g} epochs {duration(plan.epoch_s * epochs)}"
+            + (f"; {plan.data.truncated:,} rows are cut" if plan.data.truncated else "")
+        )
+    lines += ["", _against_baseline(plan), ""]
+    lines.append(_candidates("runners-up", plan.runners_up))
+    if plan.rejected:
+        lines += ["", _candidates("cannot run", plan.rejected)]
+    if plan.excluded:
+        lines += ["", "left out: " + "; ".join(f"{what} ({why})" for what, why in plan.excluded)]
+    lines += ["", _effort(plan)]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def _headline(plan: Plan) -> str:
+    where = plan.machine.name
+    if plan.machine.kind == "card":
+        where += " (not here: predicted)"
+    return f"{plan.architecture.name} on {where}, {gib(plan.spec.vram_bytes)}"
+
+
+def _config_rows(config: RunConfig) -> list[tuple[str, str]]:
+    quantised = f", {config.quant_type}" + (", double" if config.double_quant else "")
+    rows = [
+        ("method", config.method + (quantised if config.method == "qlora" else "")),
+        (
+            "batch",
+            f"{config.micro_batch} x {config.accumulation} accumulation, {config.seq_len} tokens",
+        ),
+        ("precision", config.precision),
+        ("checkpointing", config.checkpointing),
+        ("optimizer", config.optimizer),
+        ("kernels", config.kernels + (f", compiled {config.compile}" if config.compile != "off" else "")),
+        ("trainer", f"{config.trainer}, {config.loss} loss"),
+        ("allocator", config.allocator),
+    ]
+    if config.lora is not None:
+        targets = config.lora.targets if isinstance(config.lora.targets, str) else ", ".join(config.lora.targets)
+        rows.insert(1, ("adapter", f"r {config.lora.r}, alpha {config.lora.alpha:g}, {targets}"))
+    return rows
+
+
+def _figures(plan: Plan) -> str:
+    chosen, memory = plan.chosen, plan.chosen.prediction.memory
+    header = ["", "predicted", "measured"]
+    ran = chosen.measured
+    rows = [
+        ["tokens/s", interval_text(chosen.prediction.tokens_per_s), _number(ran and ran.tokens_per_s)],
+        ["live tensors", gib(memory.allocated_bytes), _size(ran and ran.allocated_bytes)],
+        ["allocator", gib(memory.reserved_bytes), _size(ran and ran.reserved_bytes)],
+        [
+            "process",
+            f"{gib(memory.process_bytes)}, at most {gib(memory.process_upper_bytes)}",
+            _size(ran and ran.process_bytes),
+        ],
+    ]
+    if ran is not None and ran.joules_per_token is not None:
+        rows.append(["joules/token", "unknown", f"{ran.joules_per_token:.4f}"])
+    return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:,.0f}"
+
+
+def _size(value: int | None) -> str:
+    return "not measured" if value is None else gib(value)
+
+
+def _against_baseline(plan: Plan) -> str:
+    baseline = plan.baseline
+    if baseline is None:
+        return "baseline: none"
+    text = (
+        "baseline (transformers.Trainer, QLoRA after prepare_model_for_kbit_training, micro-batch "
+        f"{baseline.config.micro_batch}): "
+    )
+    if baseline.measured is not None and baseline.measured.outcome != "ok":
+        return text + baseline.measured.outcome.replace("_", " ")
+    mine, other = plan.chosen.tokens_per_s, baseline.tokens_per_s
+    if mine is None or other is None:
+        return text + "unknown"
+    kind = "measured" if baseline.evidence == "proved" else baseline.evidence
+    return text + f"{other:,.0f} tokens/s ({kind}); the plan is {mine / other:.1f} times as fast"
+
+
+def _candidates(title: str, candidates: Sequence[Candidate]) -> str:
+    from lora_advisor.advisor.planning import describe
+
+    rows = [
+        [
+            describe(c.config),
+            "-" if c.tokens_per_s is None else f"{c.tokens_per_s:,.0f}",
+            f"{c.prediction.memory.process_bytes / GIB:.2f}",
+            c.reason,
+        ]
+        for c in candidates
+    ]
+    return tabulate(rows, headers=[title, "tokens/s", "GiB", "why not"], tablefmt="simple")
+
+
+def _effort(plan: Plan) -> str:
+    text = f"{plan.trials} configurations looked at in {duration(plan.wall_s)}"
+    if plan.machine.kind == "card":
+        return text + "; no probe was run: there is no such card here"
+    text += f"; {plan.probes} probes in {duration(plan.probing_s)}"
+    return text + (f", {plan.reused} earlier ones reused" if plan.reused else "")
+
+
+def memory_bars(memory: MemoryPrediction) -> str:
+    """Write the parts of the peak as bars."""
+    parts = sorted(memory.components.items(), key=lambda part: -part[1])
+    largest = max((size for _, size in parts), default=1) or 1
+    rows = [
+        (name, f"{size / GIB:.2f}", "#" * round(_BAR_WIDTH * size / largest))
+        for name, size in parts
+        if size > 0
+    ]
+    return tabulate(rows, headers=["part", "GiB", ""], tablefmt="plain")
+
+
+def fit_text(answer: FitAnswer, *, where: str) -> str:
+    """Write the answer to "will it fit?"."""
+    from lora_advisor.advisor.planning import describe
+
+    memory = answer.prediction.memory
+    words = {"fits": "yes", "does not fit": "no", "uncertain": "uncertain"}
+    lines = [
+        f"{words[answer.prediction.verdict]}: {answer.config.model}, {describe(answer.config)}, on {where}",
+        f"needs {gib(memory.process_bytes)}, at most {gib(memory.process_upper_bytes)}, "
+        f"of {gib(answer.limit_bytes)} ({_KNOWN[answer.prediction.evidence]})",
+        f"speed {interval_text(answer.prediction.tokens_per_s)}",
+        "",
+        f"peak at: {memory.instant} ({gib(memory.allocated_bytes)} live, {gib(memory.reserved_bytes)} held)",
+        memory_bars(memory),
+    ]
+    changes = list(answer.changes) + ([answer.combined] if answer.combined else [])
+    if changes:
+        rows = [
+            [
+                change.name,
+                f"{change.saved_bytes / GIB:.2f}",
+                "unknown" if change.slower is None else f"{100 * change.slower:+.0f} %",
+                f"{change.prediction.memory.process_upper_bytes / GIB:.2f}",
+            ]
+            for change in changes
+        ]
+        headers = ["what would make it fit", "saves GiB", "slower", "then at most GiB"]
+        lines += ["", tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)]
+    elif answer.prediction.verdict != "fits":
+        lines += ["", "no change of method, batch or checkpointing makes it fit; shorten --seq or take a smaller model"]
+    return "\n".join(lines)
+
+
+def progress_text(state: Progress) -> str:
+    """Write how a training stands, in one line."""
+    memory = "" if state.peak_bytes is None else f", peak {gib(state.peak_bytes)}"
+    return (
+        f"step {state.step}/{state.steps}: loss {state.loss:.3f}, {state.tokens_per_s:,.0f} tokens/s"
+        f"{memory}, {duration(state.seconds_left)} left"
+    )
+
+
+def training_text(result: TrainingResult) -> str:
+    """Write what a training came to, predicted beside measured."""
+    measured, predicted = result.measured, result.predicted
+    rows = [
+        [
+            "tokens/s, padding included",
+            _number(predicted.tokens_per_s if predicted else None).replace("not measured", "unknown"),
+            _number(measured.padded_tokens_per_s),
+        ],
+        ["tokens/s without padding", "unknown", _number(measured.tokens_per_s)],
+        [
+            "peak of the process",
+            _size(predicted.peak_bytes if predicted else None).replace("not measured", "unknown"),
+            _size(measured.peak_bytes),
+        ],
+        ["time of the steps", "unknown", duration(measured.train_seconds)],
+    ]
+    lines = [f"{result.steps} steps, {result.rows:,} rows, {result.holdout_rows:,} held out"]
+    if result.eval_loss_before is not None and result.eval_loss_after is not None:
+        lines.append(
+            f"held-out loss {result.eval_loss_before:.3f} before, {result.eval_loss_after:.3f} after (nats a token)"
+        )
+    lines += ["", tabulate(rows, headers=["", "predicted", "measured"], disable_numparse=True)]
+    lines += ["", f"adapter in {result.adapter}"]
+    return "\n".join(lines)
+
+
+def doctor_text(findings: Sequence[Finding]) -> str:
+    """Write what the doctor found, what is wrong first."""
+    order = {"error": 0, "warning": 1, "unknown": 2, "ok": 3}
+    rows = [
+        [finding.status, finding.name, finding.value, finding.advice or ""]
+        for finding in sorted(findings, key=lambda f: order[f.status])
+    ]
+    return tabulate(
+        rows, headers=["", "what", "found", "what to do"], tablefmt="simple", maxcolwidths=[None, None, 40, 50]
+    )
+
+
+def cards_text(table: Sequence[Card]) -> str:
+    """Write the card table."""
+    rows = [
+        [c.key, f"{c.memory_gib:g}", f"{c.memory_bandwidth_gb_s:g}", c.bf16_tflops or "none", c.fp32_tflops]
+        for c in table
+    ]
+    return tabulate(rows, headers=["--gpu", "GiB", "GB/s", "bf16 TFLOP/s", "fp32 TFLOP/s"])
