@@ -166,7 +166,7 @@ def score(candidate: Candidate, objective: str) -> float:
     speed, which holds until the device is busy.
     """
     speed = candidate.tokens_per_s
-    plainness = sum(getattr(candidate.config, knob) == value for knob, value in _PLAIN.items())
+    plainness: int = sum(getattr(candidate.config, knob) == value for knob, value in _PLAIN.items())
     tie = 1 + _TIE * plainness / len(_PLAIN)
     if objective == "seq_len":
         return candidate.config.seq_len * tie

@@ -1,4 +1,4 @@
-"""Compare traced memory with what an H100 measured, and write benchmarks/results/trace_accuracy.json.
+"""Compare traced memory with what an H100 measured, and write results/trace_accuracy.json.
 
     python benchmarks/trace_accuracy.py RECORDS.jsonl [--rows N,N] [--out FILE]
 
@@ -129,7 +129,9 @@ def summary(rows: list[dict]) -> dict:
     capped = [row for row in rows if row["verdict"] is not None]
     result["verdicts"] = {
         "false fits": sum(row["verdict"] == "fits" and not row["ran"] for row in capped),
-        "false does-not-fit": sum(row["verdict"] == "does not fit" and row["ran"] for row in capped),
+        "false does-not-fit": sum(
+            row["verdict"] == "does not fit" and row["ran"] for row in capped
+        ),
         "uncertain": sum(row["verdict"] == "uncertain" for row in capped),
         "capped runs": len(capped),
     }

@@ -243,7 +243,9 @@ def replay(
             continue
         block = allocator.allocate(size)
         if block is None:
-            return Replay(peak, allocator.reserved_peak, peak_index, phase_peaks, False, allocator.retries)
+            return Replay(
+                peak, allocator.reserved_peak, peak_index, phase_peaks, False, allocator.retries
+            )
         held[number] = block
         if allocator.allocated > phase_peaks.get(phase, 0):
             phase_peaks[phase] = allocator.allocated

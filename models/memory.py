@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_advisor.models.allocator import MIB, Replay, replay
-from lora_advisor.probes.prediction import MemoryPrediction
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.prediction import MemoryPrediction
 from lora_advisor.probes.trace import Trace
 
 #: cuBLAS's workspace for each thread that multiplies (one for the forward, one for the backward
@@ -29,7 +29,7 @@ _ASSUMED_CONTEXT = 256 * MIB
 _ASSUMED_CONTEXT_UPPER = 512 * MIB
 
 #: One-sided error of the traced reserve, as a share of it: above the 95th percentile of measured
-#: over traced reserve in benchmarks/results/trace_accuracy.json ("reserved_upper"). A test compares.
+#: over traced reserve in benchmarks/results/trace_accuracy.json ("reserved_upper"; tested).
 TRACED_RESERVED_UPPER = 0.15
 #: Added for compiled layers, which are traced in their eager form: the recorded run stands 8 %
 #: above its trace.
@@ -58,9 +58,7 @@ def context_of(capability: str | None, measured_bytes: int | None = None) -> Con
     if capability in _CONTEXT:
         value = _CONTEXT[capability]
         return Context(value_bytes=value, upper_bytes=value, measured=True)
-    return Context(
-        value_bytes=_ASSUMED_CONTEXT, upper_bytes=_ASSUMED_CONTEXT_UPPER, measured=False
-    )
+    return Context(value_bytes=_ASSUMED_CONTEXT, upper_bytes=_ASSUMED_CONTEXT_UPPER, measured=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,7 @@ class TracedMemory:
     Attributes:
         allocated_bytes: Peak of live tensors.
         reserved_bytes: Peak of the caching allocator without a cap.
-        needed_bytes: Smallest cap the run survives; `reserved_bytes` where that is small enough.
+        needed_bytes: Smallest cap the run survives, as far as it was worth finding out.
         instant: Where the peak lies.
         components: Bytes at the peak by owner.
         phases: Peak of live tensors in each phase.
@@ -85,7 +83,12 @@ class TracedMemory:
 
 
 def traced_memory(
-    trace: Trace, capability: str | None, *, expandable: bool, ample_bytes: int
+    trace: Trace,
+    capability: str | None,
+    *,
+    expandable: bool,
+    ample_bytes: int = 0,
+    limit_bytes: int | None = None,
 ) -> TracedMemory:
     """Replay a trace on a card's allocator.
 
@@ -95,14 +98,20 @@ def traced_memory(
         expandable: Whether the allocator's segments expand.
         ample_bytes: Where the reserve stays below, nobody asks for the smallest cap, and it is not
             looked for.
+        limit_bytes: Nor where the live tensors alone are above this; the peak of the live tensors
+            is returned for it.
     """
     events = device_events(trace, capability)
     result = replay(events, expandable=expandable)
-    tight = result.reserved_bytes > ample_bytes
+    smallest = result.reserved_bytes
+    if limit_bytes is not None and result.allocated_bytes > limit_bytes:
+        smallest = result.allocated_bytes
+    elif result.reserved_bytes > ample_bytes:
+        smallest = needed(events, result, expandable=expandable)
     return TracedMemory(
         allocated_bytes=result.allocated_bytes,
         reserved_bytes=result.reserved_bytes,
-        needed_bytes=needed(events, result, expandable=expandable) if tight else result.reserved_bytes,
+        needed_bytes=smallest,
         instant=instant(trace, result.peak_index, events),
         components=components(trace, events, result),
         phases=result.phase_peaks,
@@ -241,9 +250,7 @@ class _Life:
     died_at: int = field(default=1 << 62)
 
 
-def components(
-    trace: Trace, events: list[tuple[int, int, str]], result: Replay
-) -> dict[str, int]:
+def components(trace: Trace, events: list[tuple[int, int, str]], result: Replay) -> dict[str, int]:
     """Return the bytes in use at the peak by owner; rounding is counted as "rounding"."""
     lives: dict[int, _Life] = {}
     for index, (block, size, phase) in enumerate(events):

@@ -13,9 +13,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lora_advisor.probes.prediction import Interval
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.prediction import Interval
 from lora_advisor.probes.trace import Work
 
 #: Share of the card's peak that large matrix products reach: 790 of 989 TFLOP/s on an H100
@@ -170,8 +170,12 @@ def _draw(
         for columns, rows in (([0], bound_by_host), ([1, 2, 3], ~bound_by_host)):
             # Relative errors (rows over their time), and one faint observation of each factor at
             # its prior, so that a term that no probe speaks of keeps it.
-            inputs = numpy.vstack([scaled[rows][:, columns] / times[rows, None], 0.3 * numpy.eye(len(columns))])
-            target = numpy.concatenate([numpy.ones(int(rows.sum())), 0.3 * numpy.ones(len(columns))])
+            inputs = numpy.vstack(
+                [scaled[rows][:, columns] / times[rows, None], 0.3 * numpy.eye(len(columns))]
+            )
+            target = numpy.concatenate(
+                [numpy.ones(int(rows.sum())), 0.3 * numpy.ones(len(columns))]
+            )
             model = LinearRegression(fit_intercept=False, positive=True).fit(inputs, target)
             factors[columns] = numpy.maximum(model.coef_, 0.05)
         if numpy.allclose(before, factors, rtol=1e-4):

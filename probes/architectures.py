@@ -1,4 +1,4 @@
-"""`Architecture`: a model's figures without its weights, from a bundled name, a file, or a hub id."""
+"""`Architecture`: a model's figures without weights, from a bundled name, a file, or a hub id."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def bundled_names() -> tuple[str, ...]:
     """Names of the architectures that ship with the package."""
     folder = resources.files(__package__) / "bundled"
     return tuple(
-        sorted(file.name[: -len(".json")] for file in folder.iterdir() if file.name.endswith(".json"))
+        sorted(
+            file.name[: -len(".json")] for file in folder.iterdir() if file.name.endswith(".json")
+        )
     )
 
 
@@ -102,15 +104,21 @@ def resolve_architecture(model: str, *, trust_remote_code: bool = False) -> Arch
         return _from_folder(path, trust_remote_code)
     if path.is_file():
         return _from_file(path)
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".json"):
+    if (
+        model.count("/") == 1
+        and not model.startswith((".", "/", "~"))
+        and not model.endswith(".json")
+    ):
         return _from_hub(model, trust_remote_code)
     if "/" in model or model.endswith(".json"):
-        raise MissingInputError(f"`{model}` must be a folder or a config.json, but nothing is there.")
+        raise MissingInputError(
+            f"`{model}` must be a folder or a config.json, but nothing is there."
+        )
     close = difflib.get_close_matches(model.lower(), bundled_names(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"names: {', '.join(bundled_names())}."
-    raise UsageError(
-        f"`{model}` is no bundled model, no folder and no hub id (owner/name); {hint}"
+    hint = (
+        f"did you mean {' or '.join(close)}?" if close else f"names: {', '.join(bundled_names())}."
     )
+    raise UsageError(f"`{model}` is no bundled model, no folder and no hub id (owner/name); {hint}")
 
 
 def _from_folder(folder: Path, trust_remote_code: bool) -> Architecture:
@@ -134,7 +142,9 @@ def _from_folder(folder: Path, trust_remote_code: bool) -> Architecture:
 
 
 def _from_file(file: Path) -> Architecture:
-    return Architecture(name=file.parent.name or file.stem, hf_config=_read_config(file), source=str(file))
+    return Architecture(
+        name=file.parent.name or file.stem, hf_config=_read_config(file), source=str(file)
+    )
 
 
 def _read_config(file: Path) -> Mapping[str, Any]:
@@ -166,8 +176,8 @@ def _from_hub(hub_id: str, trust_remote_code: bool) -> Architecture:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MissingInputError(
-            f"`{hub_id}` must be a model that the hub serves, but its config.json cannot be fetched "
-            f"({reason}); check the name and the network, or give a folder."
+            f"`{hub_id}` must be a model that the hub serves, but its config.json cannot be "
+            f"fetched ({reason}); check the name and the network, or give a folder."
         ) from None
     return Architecture(
         name=hub_id,
@@ -185,28 +195,42 @@ def check_hf_config(data: object, *, where: str) -> None:
         DataError: With the figure, what came, and what must hold.
     """
     if not isinstance(data, Mapping):
-        raise DataError(f"{where}: a config.json must hold a JSON object, but got {type(data).__name__}.")
+        raise DataError(
+            f"{where}: a config.json must hold a JSON object, but got {type(data).__name__}."
+        )
     if not isinstance(data.get("model_type"), str):
-        raise DataError(f"{where}: `model_type` must name the architecture, but got {data.get('model_type')!r}.")
+        raise DataError(
+            f"{where}: `model_type` must name the architecture, but got {data.get('model_type')!r}."
+        )
     for name in _COUNTS:
         value = data.get(name)
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DataError(f"{where}: `{name}` must be a whole number of at least 1, but got {value!r}.")
+            raise DataError(
+                f"{where}: `{name}` must be a whole number of at least 1, but got {value!r}."
+            )
         if value > _CEILINGS.get(name, 10**9):
-            raise DataError(f"{where}: `{name}` must be at most {_CEILINGS.get(name, 10**9)}, but got {value}.")
+            raise DataError(
+                f"{where}: `{name}` must be at most {_CEILINGS.get(name, 10**9)}, but got {value}."
+            )
     hidden, heads = data.get("hidden_size"), data.get("num_attention_heads")
     if hidden and heads and data.get("head_dim") is None and hidden % heads:
         raise DataError(
-            f"{where}: `num_attention_heads` must divide `hidden_size`, but {heads} does not divide {hidden}."
+            f"{where}: `num_attention_heads` must divide `hidden_size`, but {heads} does not "
+            f"divide {hidden}."
         )
     kv_heads = data.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         raise DataError(
-            f"{where}: `num_key_value_heads` must divide `num_attention_heads`, but {kv_heads} does not divide {heads}."
+            f"{where}: `num_key_value_heads` must divide `num_attention_heads`, but {kv_heads} "
+            f"does not divide {heads}."
         )
-    if data.get("num_hidden_layers") is None and data.get("n_layer") is None and "text_config" not in data:
+    if (
+        data.get("num_hidden_layers") is None
+        and data.get("n_layer") is None
+        and "text_config" not in data
+    ):
         raise DataError(f"{where}: `num_hidden_layers` must be given.")
 
 

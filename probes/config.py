@@ -67,7 +67,7 @@ class LoraShape:
         if isinstance(self.targets, str):
             if self.targets != "all-linear":
                 raise UsageError(
-                    "`lora.targets` must be \"all-linear\" or a list of module names, but got "
+                    '`lora.targets` must be "all-linear" or a list of module names, but got '
                     f"{self.targets!r}; write [{self.targets!r}] for a single module."
                 )
         elif not self.targets or not all(isinstance(name, str) and name for name in self.targets):
@@ -89,7 +89,7 @@ class LoraShape:
             values["targets"] = tuple(targets)
         elif not isinstance(targets, str):
             raise UsageError(
-                f"`lora.targets` must be \"all-linear\" or a list of names, but got {targets!r}."
+                f'`lora.targets` must be "all-linear" or a list of names, but got {targets!r}.'
             )
         return cls(**values)
 
@@ -110,8 +110,8 @@ class RunConfig:
         seq_len: Tokens in one sequence, padding included.
         optimizer: A name of transformers' OptimizerNames.
         precision: "bf16", "fp16" or "fp32".
-        checkpointing: "off", "full" (every layer), "every_N" (every N-th layer), or "offload" (every
-            layer, what is stored is held in host memory).
+        checkpointing: "off", "full" (every layer), "every_N" (every N-th layer), or "offload"
+            (every layer, what is stored is held in host memory).
         attention: "sdpa", "eager" or "flash_attention_2".
         kernels: "none" or "liger".
         loss: "full" (logits of all tokens at once) or "fused" (in tiles, never all at once).
@@ -156,11 +156,14 @@ class RunConfig:
             _check_word("quant_type", self.quant_type, QUANT_TYPES)
             _check_flag("double_quant", self.double_quant)
         else:
-            for name, value in (("quant_type", self.quant_type), ("double_quant", self.double_quant)):
+            for name, value in (
+                ("quant_type", self.quant_type),
+                ("double_quant", self.double_quant),
+            ):
                 if value is not None and value is not False:
                     raise UsageError(
-                        f"`{name}` must be null with method {self.method!r}, which does not quantise "
-                        f'the base model, but got {value!r}; use method "qlora".'
+                        f"`{name}` must be null with method {self.method!r}, which does not "
+                        f'quantise the base model, but got {value!r}; use method "qlora".'
                     )
             object.__setattr__(self, "double_quant", None)
         for name in ("micro_batch", "accumulation"):
@@ -186,8 +189,8 @@ class RunConfig:
         match = re.fullmatch(r"every_([1-9][0-9]*)", str(self.checkpointing))
         if match is None or int(match[1]) < 2:
             raise UsageError(
-                '`checkpointing` must be "off", "full", "offload" or "every_N" with N of at least 2, '
-                f"but got {self.checkpointing!r}."
+                '`checkpointing` must be "off", "full", "offload" or "every_N" with N of at least '
+                f"2, but got {self.checkpointing!r}."
             )
 
     def _check_combinations(self) -> None:
@@ -206,7 +209,11 @@ class RunConfig:
                 '`loss` must be "fused" with trainer "trl": SFTTrainer (TRL 1.15 and later) always '
                 'computes it in tiles. Use trainer "transformers" for "full".'
             )
-        if self.trainer in ("transformers", "loop") and self.loss == "fused" and self.kernels != "liger":
+        if (
+            self.trainer in ("transformers", "loop")
+            and self.loss == "fused"
+            and self.kernels != "liger"
+        ):
             raise UsageError(
                 f'`loss` "fused" needs kernels "liger" with trainer {self.trainer!r}, which has no '
                 'fused loss of its own; use trainer "trl" or loss "full".'
@@ -217,8 +224,8 @@ class RunConfig:
             )
         if self.attention == "flash_attention_2" and self.precision == "fp32":
             raise UsageError(
-                '`attention` "flash_attention_2" needs precision "bf16" or "fp16": the kernel has no '
-                "fp32 form."
+                '`attention` "flash_attention_2" needs precision "bf16" or "fp16": the kernel has '
+                "no fp32 form."
             )
 
     @property
@@ -275,7 +282,9 @@ class RunConfig:
 def _fields(cls: type, data: object, *, where: str) -> dict[str, Any]:
     """Return `data` as keyword arguments of the dataclass `cls`, with all names checked."""
     if not isinstance(data, Mapping):
-        raise UsageError(f"`{where.rstrip('.') or 'config'}` must be a JSON object, but got {data!r}.")
+        raise UsageError(
+            f"`{where.rstrip('.') or 'config'}` must be a JSON object, but got {data!r}."
+        )
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(set(data) - set(fields))
     if unknown:

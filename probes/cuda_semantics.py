@@ -85,7 +85,7 @@ def describe(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
 
 def _gemm_4bit_temporaries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
     """bitsandbytes/backends/cuda/ops.py: above 1536 rows the weight is dequantised for F.linear."""
-    a, _, shape, absmax = args[:4]
+    a, _, shape = args[:3]
     rows = a.numel() // a.shape[-1]
     if rows <= 1536:
         return ()
@@ -96,9 +96,11 @@ def _gemm_4bit_temporaries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return (nested.numel() * 4, nested.numel() * 4, weight)
 
 
-_VIEWS = ("view", "t.", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute",
-          "detach", "alias", "as_strided", "split", "unbind", "_unsafe_view", "lift", "empty", "size",
-          "_to_copy.default.noop")  # fmt: skip
+_VIEWS = (
+    "view", "t.", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute",
+    "detach", "alias", "as_strided", "split", "unbind", "_unsafe_view", "lift", "empty", "size",
+    "_to_copy.default.noop",
+)  # fmt: skip
 
 
 def _work(name: str, args: tuple[Any, ...], result: Any) -> Work:
@@ -128,7 +130,7 @@ def _matmul_flops(short: str, args: tuple[Any, ...]) -> float:
     if short.startswith(("addmm", "baddbmm")):
         tensors = tensors[-2:]
     left, right = tensors[0], tensors[1]
-    return 2.0 * left.numel() * right.shape[-1]
+    return float(2 * left.numel() * right.shape[-1])
 
 
 def _attention_work(short: str, args: tuple[Any, ...]) -> Work:
@@ -139,9 +141,7 @@ def _attention_work(short: str, args: tuple[Any, ...]) -> Work:
     query, key = (args[1], args[2]) if backward else (args[0], args[1])
     batch, heads, length, width = query.shape
     product = 2.0 * batch * heads * length * key.shape[2] * width / 2  # causal: half the scores
-    return Work(
-        launches=4 if backward else 1, attention_flops=product * (5 if backward else 2)
-    )
+    return Work(launches=4 if backward else 1, attention_flops=product * (5 if backward else 2))
 
 
 def _bytes(value: Any) -> float:
@@ -177,7 +177,7 @@ def fake_quantise(layer: Any, values: torch.Tensor) -> None:
             code=torch.empty(256, dtype=torch.float32),
             dtype=torch.float32,
         )
-    weight = torch.nn.Parameter(packed, requires_grad=False)
+    weight: Any = torch.nn.Parameter(packed, requires_grad=False)
     weight.quant_state = QuantState(
         absmax=absmax,
         shape=values.shape,
@@ -225,7 +225,7 @@ def cuda_semantics(config: RunConfig, model: Any) -> Iterator[None]:
 
 
 def _apply(module: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
-    """Module._apply without its in-place assignment and swap, which fake parameters do not allow."""
+    """Module._apply without in-place assignment and swap, which fake parameters do not allow."""
     import torch
 
     for part in module.modules() if recurse else [module]:
@@ -244,7 +244,7 @@ def _apply(module: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = Tr
 
 
 def _save_on_host(pin_memory: bool = False, device_type: str = "cuda") -> Any:
-    """Offloaded checkpoints: what is saved leaves the device and comes back when it is asked for."""
+    """Offloaded checkpoints: what is saved leaves the device and comes back when asked for."""
     import torch
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -277,7 +277,7 @@ def _liger_patches(model: Any) -> list[Any]:
 
     from lora_advisor.probes import liger_semantics
 
-    patches = [
+    patches: list[Any] = [
         mock.patch.object(trainer, "apply_liger_kernel", liger_semantics.apply_liger),
     ]
     module = liger_semantics.rope_module(model)
@@ -287,7 +287,7 @@ def _liger_patches(model: Any) -> list[Any]:
 
 
 def _trl_patches() -> list[Any]:
-    """TRL's fused loss as its Triton kernels run it: valid positions only, tiles folded in place."""
+    """TRL's fused loss as its Triton kernels run it: valid positions only, tiles in place."""
     import torch
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
@@ -317,7 +317,9 @@ def _optimizer_patches() -> list[Any]:
     import torch
     from bitsandbytes.optim import optimizer as bnb
 
-    def state_buffer(self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def state_buffer(
+        self: Any, p: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         paged = self.is_paged and p.numel() >= 1e5
         return torch.zeros_like(p, dtype=dtype, device="meta" if paged else p.device)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_advisor.probes.architectures import Architecture
@@ -46,7 +46,9 @@ def _period(config: RunConfig, architecture: Architecture) -> int:
     pattern = architecture.hf_config.get("sliding_window_pattern")
     if isinstance(kinds, list) and len(set(kinds)) > 1:
         pattern = next(
-            p for p in range(1, len(kinds) + 1) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))
+            p
+            for p in range(1, len(kinds) + 1)
+            if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))
         )
     elif not isinstance(pattern, int):
         pattern = 2 if architecture.hf_config["model_type"] == "gemma2" else 1
@@ -135,7 +137,7 @@ class _Copier:
 
     def run(self) -> Trace | None:
         for key in self.runs.keys:
-            occurrence, phase, group = key
+            _, phase, group = key
             if group == self.middle and phase == "backward":
                 # Copies come later in the model, so their backward pass comes first.
                 for long in reversed(self.groups_of(group)):
@@ -227,7 +229,7 @@ def between(low: Trace, high: Trace, *, share: float) -> Trace | None:
     if len(low.events) != len(high.events):
         return None
     events = []
-    for a, b in zip(low.events, high.events, strict=True):
+    for a, b in zip(_in_order(low.events), _in_order(high.events), strict=True):
         if (a.block, a.phase, a.layer, a.size > 0) != (b.block, b.phase, b.layer, b.size > 0):
             return None
         events.append(Event(a.block, round(a.size + (b.size - a.size) * share), a.phase, a.layer))
@@ -248,3 +250,21 @@ def between(low: Trace, high: Trace, *, share: float) -> Trace | None:
         trainable=low.trainable,
         layer_trainable=low.layer_trainable,
     )
+
+
+def _in_order(events: Sequence[Event]) -> list[Event]:
+    """Return the events with each run of releases in the order of their blocks.
+
+    What is released together (autocast's casts of the weights, at the end of a pass) is released
+    in an order that follows addresses and differs between two runs of one program.
+    """
+    ordered: list[Event] = []
+    run: list[Event] = []
+    for event in events:
+        if event.size < 0:
+            run.append(event)
+            continue
+        ordered += sorted(run, key=lambda e: e.block)
+        run.clear()
+        ordered.append(event)
+    return ordered + sorted(run, key=lambda e: e.block)

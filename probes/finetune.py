@@ -66,7 +66,7 @@ def lora_config(config: RunConfig) -> Any:
     targets = shape.targets if isinstance(shape.targets, str) else list(shape.targets)
     return LoraConfig(
         r=shape.r,
-        lora_alpha=shape.alpha,  # type: ignore[arg-type]
+        lora_alpha=shape.alpha,
         lora_dropout=shape.dropout,
         target_modules=targets,
         bias="none",
@@ -165,7 +165,8 @@ def build_trainer(
             trainer = _plain_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
     if config.precision == "fp16":
         # TRL casts the adapters of a quantised model to bf16, which a GradScaler cannot unscale.
-        for parameter in trainer.model.parameters():
+        trained: Any = trainer.model
+        for parameter in trained.parameters():
             if parameter.requires_grad and parameter.dtype == _bfloat16():
                 parameter.data = parameter.data.float()
     return trainer
@@ -182,7 +183,7 @@ def _trl_trainer(
 ) -> Trainer:
     from trl import SFTConfig, SFTTrainer
 
-    return SFTTrainer(
+    trainer: Trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
             **arguments,
@@ -198,6 +199,7 @@ def _trl_trainer(
         peft_config=None if config.method == "full" else lora_config(config),
         callbacks=list(callbacks),
     )
+    return trainer
 
 
 def _plain_trainer(
@@ -303,7 +305,7 @@ def placeholder_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {"<pad>": 0, "<eos>": min(1, vocab_size - 1)}
-    return PreTrainedTokenizerFast(  # type: ignore[no-any-return]
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call] # transformers leaves it untyped
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>")),
         pad_token="<pad>",
         eos_token="<eos>",

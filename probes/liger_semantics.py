@@ -102,22 +102,29 @@ def rope_module(model: Any) -> Any:
     return module if hasattr(module, "apply_rotary_pos_emb") else None
 
 
-def rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any, **__: Any) -> Any:
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any, **__: Any
+) -> Any:
     """Stand for liger_rotary_pos_emb."""
-    return _Rope.apply(q, k, cos, sin)
+    return _call(_Rope, q, k, cos, sin)
+
+
+def _call(function: Any, *args: Any) -> Any:
+    """Apply an autograd function, whose `apply` torch leaves without types."""
+    return function.apply(*args)
 
 
 def _norm_forward(self: Any, hidden_states: torch.Tensor) -> Any:
-    return _RmsNorm.apply(hidden_states, self.weight)
+    return _call(_RmsNorm, hidden_states, self.weight)
 
 
 def _mlp_forward(self: Any, x: torch.Tensor) -> Any:
-    return self.down_proj(_SiluMul.apply(self.gate_proj(x), self.up_proj(x)))
+    return self.down_proj(_call(_SiluMul, self.gate_proj(x), self.up_proj(x)))
 
 
 def _fused_mlp_forward(self: Any, x: torch.Tensor) -> Any:
     gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-    return self.down_proj(_SiluMul.apply(gate, up))
+    return self.down_proj(_call(_SiluMul, gate, up))
 
 
 def _causal_lm_forward(self: Any, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
@@ -127,5 +134,5 @@ def _causal_lm_forward(self: Any, *args: Any, labels: Any = None, **kwargs: Any)
     kwargs["use_cache"] = False
     hidden = self.base_model(*args, **kwargs).last_hidden_state
     flat = hidden.reshape(-1, hidden.shape[-1])
-    loss = _LinearCrossEntropy.apply(flat, self.get_output_embeddings().weight)
+    loss = _call(_LinearCrossEntropy, flat, self.get_output_embeddings().weight)
     return CausalLMOutputWithPast(loss=loss)

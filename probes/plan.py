@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,9 +155,11 @@ def write_plan(path: Path, plan: Plan) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(plan.to_json(), indent=2) + "\n", "utf-8")
-        os.replace(part, path)
+        part.replace(path)
     except OSError as error:
-        raise OutputError(f"`{path}` must be a place that can be written, but {error.strerror}.") from None
+        raise OutputError(
+            f"`{path}` must be a place that can be written, but {error.strerror}."
+        ) from None
 
 
 def read_plan(path: Path) -> Plan:
@@ -171,19 +172,28 @@ def read_plan(path: Path) -> Plan:
     try:
         data = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise MissingInputError(f"`{path}` must be a plan written by `plan --out`, but it is not there.") from None
+        raise MissingInputError(
+            f"`{path}` must be a plan written by `plan --out`, but it is not there."
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"`{path}` must be a plan written by `plan --out`, but it cannot be read: {error}.") from None
+        raise DataError(
+            f"`{path}` must be a plan written by `plan --out`, but it cannot be read: {error}."
+        ) from None
     if not isinstance(data, dict) or "chosen" not in data:
-        raise DataError(f"`{path}` must be a plan written by `plan --out`, but it has no field `chosen`.")
+        raise DataError(
+            f"`{path}` must be a plan written by `plan --out`, but it has no field `chosen`."
+        )
     if data.get("format") != FORMAT:
         raise DataError(
-            f"`{path}` must be a plan of format {FORMAT}, but it is of format {data.get('format')!r}; plan again."
+            f"`{path}` must be a plan of format {FORMAT}, but it is of format "
+            f"{data.get('format')!r}; plan again."
         )
     try:
         return Plan.from_json(data)
     except (KeyError, TypeError) as error:
-        raise DataError(f"`{path}` must be a plan written by `plan --out`, but it lacks a field: {error}.") from None
+        raise DataError(
+            f"`{path}` must be a plan written by `plan --out`, but it lacks a field: {error}."
+        ) from None
 
 
 def _plain(value: Any) -> Any:
@@ -191,7 +201,9 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "to_json") and not isinstance(value, Plan):
         return value.to_json()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

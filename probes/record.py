@@ -33,7 +33,7 @@ class ProbeResult:
         stack: With what it ran.
         outcome: One of OUTCOMES.
         detail: For people: the error's first line, or what is noteworthy of a run that ended well.
-        cap_bytes: Bytes the device's allocator (on a CPU: the process) was allowed; None for no cap.
+        cap_bytes: Bytes the device's allocator (on a CPU: the process) was allowed; None: no cap.
         allocated_bytes: Peak of live tensors (torch.cuda.max_memory_allocated).
         reserved_bytes: Peak held by the caching allocator (torch.cuda.max_memory_reserved).
         process_bytes: Peak of the process on the device by NVML; on a CPU its peak resident size.
@@ -160,7 +160,9 @@ def _lines(path: Path) -> Iterator[ProbeResult]:
         except json.JSONDecodeError:
             if number == len(lines) or _looks_torn(line):
                 continue
-            raise DataError(f"`{path}` line {number} must be a JSON record, but it is damaged.") from None
+            raise DataError(
+                f"`{path}` line {number} must be a JSON record, but it is damaged."
+            ) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else None
             raise DataError(

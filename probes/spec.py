@@ -68,22 +68,30 @@ class Spec:
         """Refuse what no plan can meet."""
         if self.vram_bytes <= 0:
             raise UsageError(
-                f"`--vram` must be above 0 GiB, but got {self.vram_bytes / 2**30:g}; give the card's memory."
+                f"`--vram` must be above 0 GiB, but got {self.vram_bytes / 2**30:g}; "
+                "give the card's memory."
             )
         if not 0 <= self.reserve_bytes < self.vram_bytes:
             raise UsageError(
-                f"`--reserve` must be at least 0 and below --vram, but got {self.reserve_bytes / 2**30:g} GiB."
+                "`--reserve` must be at least 0 and below --vram, but got "
+                f"{self.reserve_bytes / 2**30:g} GiB."
             )
         if self.seq_len < 2:
             raise UsageError(f"`--seq` must be at least 2 tokens, but got {self.seq_len}.")
         if self.effective_batch < 1:
-            raise UsageError(f"`--batch` must be at least 1 sequence, but got {self.effective_batch}.")
+            raise UsageError(
+                f"`--batch` must be at least 1 sequence, but got {self.effective_batch}."
+            )
         if not self.epochs > 0:
             raise UsageError(f"`--epochs` must be above 0, but got {self.epochs:g}.")
         if not self.probe_budget_s > 0:
-            raise UsageError(f"`--budget` must be above 0 seconds, but got {self.probe_budget_s:g}.")
+            raise UsageError(
+                f"`--budget` must be above 0 seconds, but got {self.probe_budget_s:g}."
+            )
         if self.objective not in OBJECTIVES:
-            raise UsageError(f"`--objective` must be one of {', '.join(OBJECTIVES)}, but got {self.objective!r}.")
+            raise UsageError(
+                f"`--objective` must be one of {', '.join(OBJECTIVES)}, but got {self.objective!r}."
+            )
         unknown = sorted(set(self.fixed) - set(KNOBS))
         if unknown:
             raise UsageError(f"`{unknown[0]}` cannot be fixed; the knobs are {', '.join(KNOBS)}.")

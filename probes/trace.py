@@ -12,6 +12,7 @@ host memory, flash_attention_2's own package (traced as PyTorch's flash kernel, 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,7 +80,6 @@ class Work:
             self.bytes_moved + other.bytes_moved,
         )
 
-
     def times(self, factor: float) -> Work:
         """Multiply term by term."""
         return Work(
@@ -115,7 +115,9 @@ class Trace:
         return sum(self.work.values(), Work())
 
 
-def trace_step(config: RunConfig, architecture: Architecture, *, layers: int | None = None) -> Trace:
+def trace_step(
+    config: RunConfig, architecture: Architecture, *, layers: int | None = None
+) -> Trace:
     """Trace two steps of a configuration, each of one micro-batch.
 
     With accumulation the second step keeps the first one's gradients, which is the state that every
@@ -150,7 +152,7 @@ def trace_step(config: RunConfig, architecture: Architecture, *, layers: int | N
     with _quiet(), fake_mode, cuda_semantics(config, model), recorder:
         fill(model, weights_dtype(config), "cpu", fake_quantise)
         vocab_size = model.config.get_text_config().vocab_size
-        trainer = build_trainer(
+        trainer: Any = build_trainer(
             config,
             model,
             rows=[{"input_ids": [0, 0], "labels": [0, 0]}],
@@ -164,7 +166,7 @@ def trace_step(config: RunConfig, architecture: Architecture, *, layers: int | N
             # A later micro-batch of a step meets the gradients of those before it.
             trainer.model.zero_grad = lambda *_, **__: None
         batches = [_fake_batch(trainer, config) for _ in range(2)]
-        trainer.get_train_dataloader = lambda: _FakeLoader(batches)
+        trainer.get_train_dataloader = functools.partial(_FakeLoader, batches)
         _mark_backward(trainer, recorder)
         _mark_layers(trainer, recorder)
         trainer.train()
@@ -199,7 +201,7 @@ def _fake_batch(trainer: Any, config: RunConfig) -> dict[str, Any]:
     with _disable_current_modes(), unset_fake_temporarily():
         rows = random_rows(config.micro_batch, config.seq_len, 4)
         if config.packing:
-            rows = [{**row, "seq_lengths": [config.seq_len]} for row in rows]  # type: ignore[dict-item]
+            rows = [{**row, "seq_lengths": [config.seq_len]} for row in rows]
         batch = trainer.data_collator(rows)
     made: dict[str, Any] = {}
     for key, value in batch.items():
@@ -264,12 +266,13 @@ def _phase_callback(recorder: Recorder) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
+    import logging as levels
     import warnings
 
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(levels.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -299,7 +302,11 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         self._count = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operation and note what it allocates."""
         from lora_advisor.probes.cuda_semantics import answer, describe

@@ -41,7 +41,7 @@ def quantization_config(config: RunConfig) -> Any:
     """Return the BitsAndBytesConfig of a "qlora" configuration, nothing left to defaults."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call] # transformers leaves it untyped
         load_in_4bit=True,
         bnb_4bit_quant_type=config.quant_type,
         bnb_4bit_use_double_quant=config.double_quant,
@@ -72,10 +72,11 @@ def load_model(config: RunConfig, architecture: Architecture, device: str) -> Pr
         )
     except OSError as error:
         raise MissingInputError(
-            f"the weights of `{architecture.name}` must be readable, but {str(error).splitlines()[0]}"
+            f"the weights of `{architecture.name}` must be readable, but "
+            f"{str(error).splitlines()[0]}"
         ) from None
     keep_trainable(model)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def random_model(
@@ -101,11 +102,12 @@ def skeleton(
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     hf_config = build_hf_config(architecture, layers=layers)
+    build: Any = AutoModelForCausalLM.from_config  # transformers leaves it untyped
     with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
+        model = build(
             hf_config,
             dtype=weights_dtype(config),
             attn_implementation=config.attention,
@@ -120,7 +122,7 @@ def skeleton(
     return model  # type: ignore[no-any-return]
 
 
-def fill(model: PreTrainedModel, dtype: torch.dtype, device: str, quantise: Quantise) -> None:
+def fill(model: Any, dtype: torch.dtype, device: str, quantise: Quantise) -> None:
     """Give every parameter and buffer of a meta model storage on `device` and values."""
     import torch
 
@@ -131,7 +133,9 @@ def fill(model: PreTrainedModel, dtype: torch.dtype, device: str, quantise: Quan
             if old is None or old.device.type != "meta":
                 continue
             if module in quantised and name == "weight":
-                values = torch.empty(module.out_features, module.in_features, dtype=dtype, device=device)
+                values = torch.empty(
+                    module.out_features, module.in_features, dtype=dtype, device=device
+                )
                 quantise(module, values.normal_(0.0, 0.02))
                 continue
             if id(old) not in made:
@@ -197,7 +201,9 @@ def require_packages(config: RunConfig, device: str) -> None:
 
     if config.kernels == "liger":
         if device != "cuda":
-            raise UnavailableError('`kernels` "liger" needs a GPU: its kernels are written in Triton.')
+            raise UnavailableError(
+                '`kernels` "liger" needs a GPU: its kernels are written in Triton.'
+            )
         if find_spec("liger_kernel") is None:
             raise UnavailableError(
                 '`kernels` "liger" needs the package liger-kernel; install lora-advisor[gpu].'
