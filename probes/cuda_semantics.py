@@ -65,6 +65,8 @@ def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
     if func is aten.is_nonzero.default or func is aten.equal.default:
         return True
+    if func is aten.addmm.dtype_out:  # CUDA only: fp32 sums of bf16 products, in place
+        return kwargs["out"]
     if func is aten.index.Tensor:
         indices = [index for index in args[1] if index is not None]
         if len(indices) == 1 and indices[0].dtype == torch.bool:
@@ -96,8 +98,10 @@ def _gemm_4bit_temporaries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return (nested.numel() * 4, nested.numel() * 4, weight)
 
 
+#: Questions and notes that a dispatch mode sees beside the operations.
+_NO_KERNELS = ("prim", "profiler")
 _VIEWS = (
-    "view", "t.", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute",
+    "view", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute",
     "detach", "alias", "as_strided", "split", "unbind", "_unsafe_view", "lift", "empty", "size",
     "_to_copy.default.noop",
 )  # fmt: skip
@@ -107,8 +111,8 @@ def _work(name: str, args: tuple[Any, ...], result: Any) -> Work:
     """Count one operation's floating-point operations, or the bytes it moves."""
     from lora_advisor.probes.trace import Work
 
-    short = name.split("::")[-1]
-    if short.startswith(_VIEWS):
+    space, short = name.split("::")[:2]
+    if space in _NO_KERNELS or short == "t" or short.startswith(_VIEWS):
         return Work()
     if short.startswith(("mm", "addmm", "bmm", "baddbmm", "linear")):
         return Work(launches=1, matmul_flops=_matmul_flops(short, args))

@@ -136,6 +136,18 @@ def trace_step(
         raise UsageError(
             f"`trainer` {config.trainer!r} is another engine, whose step cannot be built here."
         )
+    # What is alive now outlives the trace: the collector need not look at it again and again.
+    gc.collect()
+    gc.freeze()
+    try:
+        with _process_as_it_was():
+            return _trace(config, architecture, layers)
+    finally:
+        gc.collect()
+        gc.unfreeze()
+
+
+def _trace(config: RunConfig, architecture: Architecture, layers: int | None) -> Trace:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import PrinterCallback
 
@@ -145,9 +157,6 @@ def trace_step(
     config = traced_config(config).replace(accumulation=1)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder()
-    # What is alive now outlives the trace: the collector need not look at it again and again.
-    gc.collect()
-    gc.freeze()
     model = skeleton(config, architecture, "cpu", layers=layers)
     with _quiet(), fake_mode, cuda_semantics(config, model), recorder:
         fill(model, weights_dtype(config), "cpu", fake_quantise)
@@ -172,10 +181,7 @@ def trace_step(
         trainer.train()
         traced = recorder.result(trainer)
         recorder.closed = True
-        del trainer, model, batches
-    gc.collect()
-    gc.unfreeze()
-    return traced
+        return traced
 
 
 class _FakeLoader:
@@ -265,6 +271,35 @@ def _phase_callback(recorder: Recorder) -> Any:
 
 
 @contextlib.contextmanager
+def _process_as_it_was() -> Iterator[None]:
+    """Put back what a Trainer sets for the whole process: the seeds and accelerate's state."""
+    import random
+
+    import numpy
+    import torch
+    from accelerate.state import (  # type: ignore[import-untyped] # accelerate ships no types
+        AcceleratorState,
+        GradientState,
+        PartialState,
+    )
+
+    states = [state._shared_state for state in (PartialState, AcceleratorState, GradientState)]
+    kept = [dict(state) for state in states]
+    python_seed, numpy_seed = random.getstate(), numpy.random.get_state()
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call] # torch leaves it untyped
+    devices = range(torch.cuda.device_count()) if on_gpu else ()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_seed)
+        numpy.random.set_state(numpy_seed)
+        for state, before in zip(states, kept, strict=True):
+            state.clear()
+            state.update(before)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     import logging as levels
     import warnings
@@ -312,17 +347,15 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         from lora_advisor.probes.cuda_semantics import answer, describe
 
         kwargs = kwargs or {}
-        known = answer(func, args, kwargs)
-        if known is not NotImplemented:
-            result = known
-        else:
-            cost = describe(func, args, kwargs)
+        cost = describe(func, args, kwargs)
+        result = answer(func, args, kwargs)
+        if result is NotImplemented:
             temporaries = [self.allocate(size) for size in cost.temporaries]
             result = func(*args, **kwargs)
             for block in temporaries:
                 self.release(block)
-            place = (self.phase, self.layer)
-            self.work[place] = self.work.get(place, Work()) + cost.work(result)
+        place = (self.phase, self.layer)
+        self.work[place] = self.work.get(place, Work()) + cost.work(result)
         self._note(result)
         return result
 
