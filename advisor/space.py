@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_advisor.probes.architectures import attention_of, resolve_architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
@@ -73,7 +74,7 @@ def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -
         "optimizer": ("adamw_torch_fused", "paged_adamw_8bit"),
         "precision": (_precision(machine, card),),
         "checkpointing": ("full", "every_2", "off"),
-        "attention": ("sdpa",),
+        "attention": (_attention(spec),),
         "kernels": ("none", "liger"),
         "compile": ("off", "layers"),
         "allocator": ("default", "expandable_segments"),
@@ -104,6 +105,10 @@ def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -
         except UsageError as error:
             raise UsageError(f"the fixed knobs leave no legal configuration: {error}") from None
     return space
+
+
+def _attention(spec: Spec) -> str:
+    return attention_of(resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code))
 
 
 def _precision(machine: Machine, card: Card | None) -> str:
@@ -157,7 +162,7 @@ def baseline_config(spec: Spec, precision: str) -> RunConfig:
         optimizer="adamw_torch_fused",
         precision=precision,
         checkpointing="full",
-        attention="sdpa",
+        attention=_attention(spec),
         kernels="none",
         loss="full",
         fp32_upcast=True,

@@ -271,6 +271,15 @@ def build_hf_config(architecture: Architecture, *, layers: int | None = None) ->
     return config
 
 
+def attention_of(architecture: Architecture) -> str:
+    """Return "sdpa", or "eager" for a model that transformers builds without it (Gemma 2)."""
+    from transformers import AutoModelForCausalLM
+
+    mapping: Any = AutoModelForCausalLM._model_mapping
+    kind = mapping.get(type(build_hf_config(architecture)), None)
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

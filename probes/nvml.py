@@ -60,6 +60,12 @@ def driver() -> str | None:
     return _ask(lambda nvml, gpu: str(nvml.nvmlSystemGetDriverVersion()))
 
 
+def cuda_version() -> str | None:
+    """Return the newest CUDA that the driver runs, such as "13.0"."""
+    number = _ask(lambda nvml, gpu: int(nvml.nvmlSystemGetCudaDriverVersion_v2()))
+    return None if not number else f"{number // 1000}.{number % 1000 // 10}"
+
+
 def capability() -> str | None:
     """Return the CUDA compute capability, such as "8.9"."""
     return _ask(

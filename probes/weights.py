@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lora_advisor.probes.architectures import Architecture, build_hf_config
+from lora_advisor.probes.architectures import Architecture, attention_of, build_hf_config
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.errors import MissingInputError, UnavailableError
+from lora_advisor.probes.errors import MissingInputError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,7 @@ def load_model(config: RunConfig, architecture: Architecture, device: str) -> Pr
         return random_model(config, architecture, device, quantise=quantise_layer)
     from transformers import AutoModelForCausalLM
 
+    _require_attention(config, architecture)
     extra = {"quantization_config": quantization_config(config)} if config.method == "qlora" else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -104,6 +105,7 @@ def skeleton(
     from transformers.initialization import no_init_weights
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    _require_attention(config, architecture)
     hf_config = build_hf_config(architecture, layers=layers)
     build: Any = AutoModelForCausalLM.from_config  # transformers leaves it untyped
     with torch.device("meta"), no_init_weights():
@@ -120,6 +122,19 @@ def skeleton(
         quantizer.postprocess_model(model)
         model.hf_quantizer = quantizer
     return model  # type: ignore[no-any-return]
+
+
+def _require_attention(config: RunConfig, architecture: Architecture) -> None:
+    """Refuse an attention that the architecture does not have.
+
+    Raises:
+        UsageError: Naming the one it has.
+    """
+    if config.attention == "sdpa" and attention_of(architecture) != "sdpa":
+        raise UsageError(
+            f'`attention` must be "eager" for `{architecture.name}`, which transformers builds '
+            'without "sdpa".'
+        )
 
 
 def fill(model: Any, dtype: torch.dtype, device: str, quantise: Quantise) -> None:
