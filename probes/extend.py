@@ -147,16 +147,19 @@ class _Copier:
                     self.write(key, long)
             else:
                 self.write_between(key)
-        trainable = self.trace.layer_trainable
-        inner = trainable[self.middle * self.period : (self.middle + 1) * self.period]
         return Trace(
             events=tuple(self.events),
             owners=self.owners,
             layer_of=self.layer_of,
             work=self.work(),
-            trainable=self.trace.trainable + self.copies * sum(inner),
+            trainable=self.trainable(),
             layer_trainable=(),
         )
+
+    def trainable(self) -> int:
+        first = self.middle * self.period
+        inner = self.trace.layer_trainable[first : first + self.period]
+        return self.trace.trainable + self.copies * sum(inner)
 
     def write(self, key: tuple[int, str, int], group: int) -> None:
         """Write one passage through a group."""
@@ -205,13 +208,17 @@ class _Copier:
                 self.layer_of[number] = group
 
     def work(self) -> Mapping[tuple[str, int], Work]:
-        """Return the work with the middle group's counted once more for each copy."""
+        """Return the work with the middle group's counted once more for each copy.
+
+        That of the optimizer, which runs outside the layers, goes with the parameters it trains.
+        """
         inner = range(self.middle * self.period, (self.middle + 1) * self.period)
         work = dict(self.trace.work)
         for (phase, layer), amount in self.trace.work.items():
             if layer in inner:
-                for _ in range(self.copies):
-                    work[phase, layer] = work[phase, layer] + amount
+                work[phase, layer] = amount.times(1 + self.copies)
+            elif phase == "optimizer":
+                work[phase, layer] = amount.times(self.trainable() / self.trace.trainable)
         return work
 
 

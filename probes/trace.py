@@ -221,7 +221,8 @@ def _mark_backward(trainer: Any, recorder: Recorder) -> None:
     def backward(*args: Any, **kwargs: Any) -> None:
         recorder.phase, recorder.layer = "backward", -1
         original(*args, **kwargs)
-        recorder.phase, recorder.layer = "forward", -1
+        # What follows is once a step too: the gradients' norm, then the optimizer.
+        recorder.phase, recorder.layer = "optimizer", -1
 
     trainer.accelerator.backward = backward
 
