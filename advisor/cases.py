@@ -30,7 +30,9 @@ def predict_cases(
     try:
         lines = path.read_text("utf-8").splitlines()
     except FileNotFoundError:
-        raise MissingInputError(f"`{path}` must be a file of configurations, but it is not there.") from None
+        raise MissingInputError(
+            f"`{path}` must be a file of configurations, but it is not there."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"`{path}` must be a text file of configurations, but {error}.") from None
     predictors: dict[tuple[str, str], Predictor] = {}

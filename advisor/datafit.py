@@ -16,7 +16,9 @@ _STEP = 64
 _CEILING = 2048
 
 
-def summarise(path: Path, architecture: Architecture, seq_len: int | None) -> tuple[DataSummary, int]:
+def summarise(
+    path: Path, architecture: Architecture, seq_len: int | None
+) -> tuple[DataSummary, int]:
     """Return what a data file holds for a model, and the sequence length to train with.
 
     Raises:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+from lora_advisor.probes import nvml
+
 #: Importing torch and bitsandbytes takes 6 s on a quiet laptop and far longer from a cold disk.
 IMPORT_LIMIT_S = 120.0
 
@@ -103,9 +105,7 @@ def _look_at_torch() -> dict[str, Any]:
         "warning": str(caught[-1].message).strip().splitlines()[0] if caught else None,
     }
     if torch.version.cuda is not None:
-        # 12040 for CUDA 12.4, 0 without a driver; builds without CUDA lack the function.
-        number = getattr(torch._C, "_cuda_getDriverVersion", int)()
-        found["driver_cuda"] = f"{number // 1000}.{number % 1000 // 10}" if number else None
+        found["driver_cuda"] = nvml.cuda_version()
     if is_available:
         found["device"] = torch.cuda.get_device_name()
         found["kernels"] = torch.cuda.get_arch_list()

@@ -93,12 +93,19 @@ def _config_rows(config: RunConfig) -> list[tuple[str, str]]:
         ("precision", config.precision),
         ("checkpointing", config.checkpointing),
         ("optimizer", config.optimizer),
-        ("kernels", config.kernels + (f", compiled {config.compile}" if config.compile != "off" else "")),
+        (
+            "kernels",
+            config.kernels + (f", compiled {config.compile}" if config.compile != "off" else ""),
+        ),
         ("trainer", f"{config.trainer}, {config.loss} loss"),
         ("allocator", config.allocator),
     ]
     if config.lora is not None:
-        targets = config.lora.targets if isinstance(config.lora.targets, str) else ", ".join(config.lora.targets)
+        targets = (
+            config.lora.targets
+            if isinstance(config.lora.targets, str)
+            else ", ".join(config.lora.targets)
+        )
         rows.insert(1, ("adapter", f"r {config.lora.r}, alpha {config.lora.alpha:g}, {targets}"))
     return rows
 
@@ -108,7 +115,11 @@ def _figures(plan: Plan) -> str:
     header = ["", "predicted", "measured"]
     ran = chosen.measured
     rows = [
-        ["tokens/s", interval_text(chosen.prediction.tokens_per_s), _number(ran and ran.tokens_per_s)],
+        [
+            "tokens/s",
+            interval_text(chosen.prediction.tokens_per_s),
+            _number(ran and ran.tokens_per_s),
+        ],
         ["live tensors", gib(memory.allocated_bytes), _size(ran and ran.allocated_bytes)],
         ["allocator", gib(memory.reserved_bytes), _size(ran and ran.reserved_bytes)],
         [
@@ -211,7 +222,10 @@ def fit_text(answer: FitAnswer, *, where: str) -> str:
         headers = ["what would make it fit", "saves GiB", "slower", "then at most GiB"]
         lines += ["", tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)]
     elif answer.prediction.verdict != "fits":
-        lines += ["", "no change of method, batch or checkpointing makes it fit; shorten --seq or take a smaller model"]
+        lines += [
+            "",
+            "no change of method, batch or checkpointing makes it fit; shorten --seq or take a smaller model",
+        ]
     return "\n".join(lines)
 
 
@@ -230,7 +244,9 @@ def training_text(result: TrainingResult) -> str:
     rows = [
         [
             "tokens/s, padding included",
-            _number(predicted.tokens_per_s if predicted else None).replace("not measured", "unknown"),
+            _number(predicted.tokens_per_s if predicted else None).replace(
+                "not measured", "unknown"
+            ),
             _number(measured.padded_tokens_per_s),
         ],
         ["tokens/s without padding", "unknown", _number(measured.tokens_per_s)],
@@ -259,14 +275,23 @@ def doctor_text(findings: Sequence[Finding]) -> str:
         for finding in sorted(findings, key=lambda f: order[f.status])
     ]
     return tabulate(
-        rows, headers=["", "what", "found", "what to do"], tablefmt="simple", maxcolwidths=[None, None, 40, 50]
+        rows,
+        headers=["", "what", "found", "what to do"],
+        tablefmt="simple",
+        maxcolwidths=[None, None, 40, 50],
     )
 
 
 def cards_text(table: Sequence[Card]) -> str:
     """Write the card table."""
     rows = [
-        [c.key, f"{c.memory_gib:g}", f"{c.memory_bandwidth_gb_s:g}", c.bf16_tflops or "none", c.fp32_tflops]
+        [
+            c.key,
+            f"{c.memory_gib:g}",
+            f"{c.memory_bandwidth_gb_s:g}",
+            c.bf16_tflops or "none",
+            c.fp32_tflops,
+        ]
         for c in table
     ]
     return tabulate(rows, headers=["--gpu", "GiB", "GB/s", "bf16 TFLOP/s", "fp32 TFLOP/s"])
