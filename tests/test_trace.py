@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from recorded import configure, h100_runs, run_of, tiny
+
+from lora_advisor.models.memory import TracedMemory, traced_memory
+from lora_advisor.probes import trace as tracing
+from lora_advisor.probes.architectures import attention_of, bundled_names, resolve_architecture
+from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.extend import between, trace_all_layers
+from lora_advisor.probes.trace import Trace, trace_step
+
+#: Rows of the recording by what they show.
+ROWS = {
+    5: "transformers, LoRA, no checkpointing",
+    6: "transformers, QLoRA after the fp32 upcast, the stock loss",
+    22: "a paged 8-bit optimizer",
+    24: "fp16",
+    28: "eager attention",
+    31: "Liger's kernels with its fused loss, no checkpointing",
+    34: "dropout 0.05",
+    38: "full fine-tuning",
+    61: "TRL, QLoRA",
+    65: "TRL, LoRA",
+    73: "TRL, QLoRA, Liger's kernels",
+}
+
+
+def memory_of(trace: Trace, capability: str = "9.0") -> TracedMemory:
+    return traced_memory(trace, capability, expandable=False, ample_bytes=1 << 60)
+
+
+@pytest.mark.parametrize("number", ROWS, ids=ROWS.values())
+def test_the_trace_holds_what_an_h100_held(number: int) -> None:
+    row = h100_runs()[number]
+    config, architecture = run_of(row)
+
+    traced = memory_of(trace_all_layers(config, architecture))
+
+    assert traced.allocated_bytes == pytest.approx(row["measured"]["allocated_bytes"], rel=0.005)
+
+
+def test_the_trace_trains_the_parameters_the_h100_trained() -> None:
+    row = h100_runs()[39]
+    config, architecture = run_of(row)
+
+    assert trace_all_layers(config, architecture).trainable == row["trainable"]
+
+
+SLIDING = {
+    "model_type": "gemma2",
+    "head_dim": 16,
+    "num_hidden_layers": 12,
+    "sliding_window": 32,
+    "query_pre_attn_scalar": 16,
+}
+
+EXTENDED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "LoRA": ({}, {}),
+    "QLoRA without checkpointing": ({}, {"method": "qlora", "checkpointing": "off"}),
+    "every second layer checkpointed": (
+        {"num_hidden_layers": 12},
+        {"method": "qlora", "checkpointing": "every_2"},
+    ),
+    "alternating attention": (SLIDING, {"attention": "eager", "optimizer": "adamw_8bit"}),
+}
+
+
+def in_layers(trace: Trace) -> Counter[tuple[str, int]]:
+    """Return how often each size is allocated or released within the layers, by phase."""
+    return Counter((event.phase, event.size) for event in trace.events if event.layer >= 0)
+
+
+def alive_at_the_end(trace: Trace) -> int:
+    return sum(event.size for event in trace.events)
+
+
+@pytest.mark.parametrize("case", EXTENDED)
+def test_few_layers_extended_are_the_trace_of_all(case: str) -> None:
+    figures, knobs = EXTENDED[case]
+    architecture, config = tiny(**figures), configure(**knobs)
+    with mock.patch.object(tracing, "_trace", side_effect=tracing._trace) as traced:
+        extended = trace_all_layers(config, architecture)
+    layers_looked_at = [call.args[2] for call in traced.call_args_list]
+    assert layers_looked_at == [5 if figures == {} else 10]
+
+    whole = trace_step(config, architecture)
+
+    assert in_layers(extended) == in_layers(whole)
+    assert alive_at_the_end(extended) == alive_at_the_end(whole)
+    assert memory_of(extended).allocated_bytes == pytest.approx(
+        memory_of(whole).allocated_bytes, rel=0.001
+    )
+    assert extended.trainable == whole.trainable
+    for name in ("matmul_flops", "attention_flops", "bytes_moved"):
+        expected = getattr(whole.total_work(), name)
+        assert getattr(extended.total_work(), name) == pytest.approx(expected, rel=0.001)
+    # The optimizer's few launches for all parameters at once are taken to grow with these.
+    assert extended.total_work().launches == pytest.approx(whole.total_work().launches, rel=0.01)
+
+
+@pytest.fixture
+def the_process() -> Iterator[None]:
+    """Compare what a trace replaces for a while, before and after the test."""
+    from accelerate.state import AcceleratorState, PartialState
+    from bitsandbytes.optim import optimizer as bnb
+    from transformers import masking_utils, trainer
+    from transformers.models.qwen2 import modeling_qwen2
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    places: list[tuple[Any, str]] = [
+        (torch, "is_autocast_enabled"),
+        (torch, "get_autocast_gpu_dtype"),
+        (torch.nn.Module, "_apply"),
+        (torch.nn.functional, "dropout"),
+        (masking_utils, "is_tracing"),
+        (masking_utils, "find_packed_sequence_indices"),
+        (trainer, "apply_liger_kernel"),
+        (modeling_qwen2, "apply_rotary_pos_emb"),
+        (utils, "_use_triton"),
+        (chunked_logprob, "_forward_tile"),
+        (bnb.Optimizer8bit, "get_state_buffer"),
+        (bnb.Optimizer2State, "update_step"),
+    ]
+    before = [getattr(*place) for place in places]
+    states = [dict(state._shared_state) for state in (PartialState, AcceleratorState)]
+    seeds = (random.getstate(), torch.get_rng_state().tolist())
+    yield
+    assert all(
+        getattr(*place) is old for place, old in zip(places, before, strict=True)
+    )  # the very objects
+    assert states == [dict(state._shared_state) for state in (PartialState, AcceleratorState)]
+    assert seeds == (random.getstate(), torch.get_rng_state().tolist())
+    assert type(torch.empty(1)) is torch.Tensor
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.usefixtures("the_process")
+def test_a_trace_leaves_the_process_as_it_was() -> None:
+    trace_step(configure(), tiny(), layers=2)
+    trace_step(configure(trainer="transformers", kernels="liger", method="qlora"), tiny(), layers=2)
+
+
+@pytest.mark.usefixtures("the_process")
+def test_a_trace_that_fails_leaves_the_process_as_it_was() -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("inside")
+
+    with mock.patch.object(tracing, "_mark_layers", fail), pytest.raises(RuntimeError):
+        trace_step(configure(kernels="liger"), tiny(), layers=2)
+
+
+#: One of each model type.
+ARCHITECTURES = (
+    "gemma-2-2b", "gemma-3-1b", "llama-3.2-1b", "mistral-7b", "phi-3.5-mini", "qwen2.5-0.5b",
+    "qwen3-0.6b",
+)  # fmt: skip
+
+
+def test_the_architectures_traced_here_are_of_every_bundled_type() -> None:
+    def kinds(names: tuple[str, ...]) -> set[str]:
+        return {resolve_architecture(name).hf_config["model_type"] for name in names}
+
+    assert kinds(ARCHITECTURES) == kinds(bundled_names())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_bundled_architecture_is_traced(name: str) -> None:
+    architecture = resolve_architecture(name)
+    config = configure(
+        model=name,
+        method="qlora",
+        micro_batch=1,
+        seq_len=256,
+        attention=attention_of(architecture),
+    )
+
+    if name == "gemma-3-1b":  # its pattern of six layers leaves nothing to extend
+        layers, trace = 6, trace_step(config, architecture, layers=6)
+    else:
+        layers, trace = architecture.num_layers, trace_all_layers(config, architecture)
+
+    # At least: every linear weight in 4 bits, the embedding in 16.
+    figures = architecture.hf_config
+    embedding = 2 * figures["vocab_size"] * figures["hidden_size"]
+    mlp = 3 * figures["hidden_size"] * figures["intermediate_size"] * layers
+    assert memory_of(trace).allocated_bytes > embedding + mlp // 2
+
+
+def test_attention_that_a_model_lacks_is_refused_in_one_sentence() -> None:
+    with pytest.raises(UsageError, match=r'`attention` must be "eager" for `gemma-2-2b`'):
+        trace_step(configure(model="gemma-2-2b"), resolve_architecture("gemma-2-2b"))
+
+
+def test_another_engine_is_refused_in_one_sentence() -> None:
+    config = configure(trainer="unsloth", checkpointing="unsloth")
+
+    with pytest.raises(UsageError, match="`trainer` 'unsloth' is another engine"):
+        trace_step(config, tiny())
+
+
+def test_a_second_micro_batch_adds_the_adapters_gradients() -> None:
+    # Wide adapters under short rows, so that their gradients outweigh all else.
+    wide = configure().lora
+    assert wide is not None
+    shape = type(wide)(r=64, alpha=64, dropout=0.0, targets="all-linear")
+    one = configure(micro_batch=1, seq_len=16, lora=shape, checkpointing="off")
+    architecture = tiny(hidden_size=256, intermediate_size=1024, num_hidden_layers=3)
+
+    alone = trace_step(one, architecture)
+    both = trace_step(one.replace(accumulation=2), architecture)
+
+    def forward_peak(trace: Trace) -> int:
+        return memory_of(trace).phases["forward"]
+
+    gradients = 4 * alone.trainable  # fp32
+    assert forward_peak(both) - forward_peak(alone) == pytest.approx(gradients, rel=0.05)
+
+
+def test_offloaded_checkpoints_are_not_on_the_device() -> None:
+    long = configure(micro_batch=8, seq_len=512)
+
+    kept = memory_of(trace_step(long, tiny()))
+    offloaded = memory_of(trace_step(long.replace(checkpointing="offload"), tiny()))
+
+    saved = 7 * 8 * 512 * 64 * 2  # the input of each layer in bf16
+    less = kept.allocated_bytes - offloaded.allocated_bytes
+    assert 0.5 * saved < less < 1.5 * saved
+
+
+def test_a_micro_batch_between_two_traced_ones_is_exact() -> None:
+    low, wanted, high = (
+        trace_all_layers(configure(method="qlora", seq_len=2048, micro_batch=n), tiny())
+        for n in (2, 3, 6)
+    )
+
+    made = between(low, high, share=1 / 4)
+
+    assert made is not None
+    exact = memory_of(wanted)
+    assert memory_of(made).allocated_bytes == pytest.approx(exact.allocated_bytes, rel=1e-4)
+    assert made.total_work().matmul_flops == pytest.approx(wanted.total_work().matmul_flops)
+    assert made.total_work().bytes_moved == pytest.approx(wanted.total_work().bytes_moved, rel=1e-3)
+
+
+def test_there_is_nothing_between_two_different_steps() -> None:
+    low = trace_step(configure(), tiny(), layers=2)
+    high = trace_step(configure(checkpointing="off", micro_batch=4), tiny(), layers=2)
+
+    assert between(low, high, share=0.5) is None
+
+
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_a_mixture_of_experts_holds_all_its_experts(model_type: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from lora_advisor.probes.architectures import build_hf_config
+
+    architecture = tiny(model_type=model_type, num_hidden_layers=2, **EXPERTS[model_type])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build_hf_config(architecture))
+    held = 2 * sum(parameter.numel() for parameter in model.parameters())
+
+    memory = memory_of(trace_step(configure(), architecture))
+
+    assert memory.components["weights"] == pytest.approx(held, rel=0.02)
+
+
+def test_work_counts_products_by_hand() -> None:
+    config = configure(checkpointing="off", loss="full", trainer="transformers")
+    figures = tiny().hf_config
+
+    work = trace_step(config, tiny(), layers=2).total_work()
+
+    hidden, inner, vocabulary = 64, 128, figures["vocab_size"]
+    shapes = [(64, 64), (64, 32), (64, 32), (64, 64)] + 2 * [(hidden, inner)] + [(inner, hidden)]
+    tokens, rank = 2 * 64, 8
+    base = 2 * sum(a * b for a, b in shapes) + hidden * vocabulary
+    adapters = 2 * sum(rank * (a + b) for a, b in shapes)
+    # Forward, and backward to the input; adapters also to their weights. The first layer's
+    # inputs need no gradient, so its share of the backward pass may be left out.
+    most = 2 * tokens * (2 * base + 3 * adapters)
+    assert 0.85 * most < work.matmul_flops <= most
