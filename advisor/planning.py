@@ -215,7 +215,8 @@ def _short(config: RunConfig) -> RunConfig:
 
 
 def _arm(config: RunConfig) -> tuple[Any, ...]:
-    return (config.method, config.kernels, config.compile, config.checkpointing, config.optimizer)
+    """Return what decides how fast a configuration is beside its size."""
+    return (config.method, config.kernels, config.compile, config.checkpointing, config.precision)
 
 
 def _run(session: _Session, config: RunConfig, why: str) -> ProbeResult:
@@ -301,30 +302,21 @@ def _promise(session: _Session, config: RunConfig) -> float:
 
 
 def _prove(session: _Session, configs: Sequence[RunConfig]) -> Candidate | None:
-    """Run the best configurations, best first, exactly as planned, until one ends well."""
-    for candidate in rank([session.predictor.candidate(c) for c in configs], session.spec.objective):
-        config = candidate.config
-        short = session.predictor.result_of(_short(config))
-        if short is not None and short.outcome != "ok":
-            continue
-        if short is None and session.predictor.results and _worse_than_proved(session, candidate, configs):
-            continue
-        result = _run(session, config, "proof")
-        if result.outcome == "ok":
-            return session.predictor.candidate(config)
-    return None
+    """Run the best configurations, best first, exactly as planned, until one ends well.
 
-
-def _worse_than_proved(
-    session: _Session, candidate: Candidate, configs: Sequence[RunConfig]
-) -> bool:
-    """Whether something measured is as fast as an unmeasured candidate is expected to be.
-
-    Nothing unmeasured is proved over something measured unless it promises 2 % more.
+    Once something has run well, only what was measured is proved: the loop before ended because
+    nothing else promised enough, or because there was no time to find out.
     """
-    best = _best_measured(session, configs)
-    speed = candidate.tokens_per_s
-    return best is not None and (speed is None or speed <= WORTH * best)
+    measured = _best_measured(session, configs) is not None
+    candidates = [session.predictor.candidate(config) for config in configs]
+    for candidate in rank(_with_short_results(session, candidates), session.spec.objective):
+        if candidate.measured is None and measured:
+            continue
+        if candidate.measured is not None and candidate.measured.outcome != "ok":
+            continue
+        if _run(session, candidate.config, "proof").outcome == "ok":
+            return session.predictor.candidate(candidate.config)
+    return None
 
 
 def _nothing_fits(

@@ -4,83 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from lora_advisor.models.memory import Context, MemoryModel, TracedMemory, context_of, traced_memory
+from lora_advisor.advisor.traces import TraceStore
+from lora_advisor.models.memory import Context, MemoryModel, TracedMemory, context_of
 from lora_advisor.models.throughput import Observation, ThroughputModel
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.extend import between, trace_all_layers
 from lora_advisor.probes.machine import GIB, Machine
 from lora_advisor.probes.plan import Candidate
 from lora_advisor.probes.prediction import Prediction
 from lora_advisor.probes.record import ProbeResult
-from lora_advisor.probes.trace import Trace, Work
+from lora_advisor.probes.trace import Work
 
 #: What Python and its libraries hold on a CPU before the model does: measured 0.6 GiB after the
 #: imports (facts of the packages) and what training adds; probes replace it.
 _CPU_CONTEXT = Context(value_bytes=GIB, upper_bytes=2 * GIB, measured=False)
-#: From here on a step does the same things whatever the micro-batch: TRL's loss takes tiles of 4096
-#: tokens (trl/kernels/chunked_logprob.py), bitsandbytes changes kernels at 1536.
-_REGULAR_TOKENS = 4096
-
-
-@dataclass
-class TraceStore:
-    """Traces of one architecture, each made once; micro-batches are interpolated where exact."""
-
-    architecture: Architecture
-    traces: dict[RunConfig, Trace] = field(default_factory=dict)
-    memories: dict[tuple[RunConfig, str | None, int], TracedMemory] = field(default_factory=dict)
-
-    def memory(self, config: RunConfig, capability: str | None, limit_bytes: int) -> TracedMemory:
-        """Return what a configuration's trace comes to on a card's allocator."""
-        kept = config.replace(accumulation=min(config.accumulation, 2), compile="off")
-        key = (kept, capability, limit_bytes)
-        if key not in self.memories:
-            self.memories[key] = traced_memory(
-                self.get(config),
-                capability,
-                expandable=config.allocator == "expandable_segments",
-                # A run that reserves less than 70 % of the limit fits whatever the bound.
-                ample_bytes=int(0.7 * limit_bytes),
-                limit_bytes=limit_bytes,
-            )
-        return self.memories[key]
-
-    def get(self, config: RunConfig) -> Trace:
-        """Return the trace of a configuration.
-
-        More than two micro-batches in a step repeat the second; the predictor counts them.
-        """
-        config = config.replace(
-            accumulation=min(config.accumulation, 2), allocator="default", compile="off"
-        )
-        if config not in self.traces:
-            self.traces[config] = self._interpolated(config) or trace_all_layers(
-                config, self.architecture
-            )
-        return self.traces[config]
-
-    def _interpolated(self, config: RunConfig) -> Trace | None:
-        known = (
-            sorted(
-                (other.micro_batch, other)
-                for other in self.traces
-                if other.tokens >= _REGULAR_TOKENS
-                and other.replace(micro_batch=config.micro_batch) == config
-            )
-            if config.tokens >= _REGULAR_TOKENS
-            else []
-        )
-        if len(known) < 2:
-            return None
-        (low, first), (high, last) = known[0], known[-1]
-        share = (config.micro_batch - low) / (high - low)
-        return between(self.traces[first], self.traces[last], share=share)
-
-
 @dataclass(frozen=True)
 class Predictor:
     """Models of one architecture on one card, as far as probes have taught them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,13 +83,19 @@ def search(
     study = optuna.create_study(direction="maximize", sampler=sampler)
 
     def look_at(choices: Sequence[dict[str, Any]]) -> None:
-        for choice in choices:
-            study.enqueue_trial(choice)
-        study.optimize(run, n_trials=len(choices))
+        """Run trials on these choices, those of one micro-batch after the other."""
+        for micro_batch in dict.fromkeys(choice["micro_batch"] for choice in choices):
+            level = [choice for choice in choices if choice["micro_batch"] == micro_batch]
+            configs = [c for c in _legal(space, level) if not _settled(c, seen)]
+            predictor.store.prepare(configs)
+            for choice in level:
+                study.enqueue_trial(choice)
+            study.optimize(run, n_trials=len(level))
 
     look_at(_plain_choices(space))
     look_at(_varied_choices(space, rank(_fitting(seen), objective)))
     study.optimize(run, n_trials=free_trials)
+    predictor.store.release_workers()
     return SearchResult(
         tuple(
             rank([c for c in seen.values() if c.prediction.verdict != "does not fit"], objective)
@@ -96,6 +103,15 @@ def search(
         tuple(c for c in seen.values() if c.prediction.verdict == "does not fit"),
         len(study.trials),
     )
+
+
+def _legal(space: Space, choices: Sequence[dict[str, Any]]) -> list[RunConfig]:
+    """Return the configurations of those choices that are legal."""
+    configs = []
+    for choice in choices:
+        with contextlib.suppress(UsageError):
+            configs.append(space.config(choice))
+    return configs
 
 
 def _plain_choices(space: Space) -> list[dict[str, Any]]:

@@ -56,7 +56,8 @@ def main() -> None:
     parser.add_argument("--vram", default="8")
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--budget", default="200s")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=120, help="Training steps; 0 to plan only.")
+    parser.add_argument("--plan", type=Path, help="Train with this plan instead of planning.")
     parser.add_argument("--work", type=Path, default=Path("/tmp/plan_on_card"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--make-model-only", action="store_true", help=argparse.SUPPRESS)
@@ -67,19 +68,26 @@ def main() -> None:
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, *sys.argv, "--make-model-only"], check=True)
+    if not model.exists():
+        subprocess.run([sys.executable, *sys.argv, "--make-model-only"], check=True)
     make_data(arguments.text, data, rows=600, characters=6 * arguments.seq)
     plan_file = arguments.out / "plan.json"
-    started = time.monotonic()
-    subprocess.run(
-        [*CLI, "plan", "--model", str(model), "--vram", arguments.vram, "--seq", str(arguments.seq),
-         "--budget", arguments.budget, "--record", str(arguments.out / "probes.jsonl"),
-         "--out", str(plan_file), "--fresh"],
-        check=True,
-    )  # fmt: skip
-    plan_s = time.monotonic() - started
+    plan_s = None
+    if arguments.plan is not None:
+        plan_file.write_text(arguments.plan.read_text())
+    else:
+        started = time.monotonic()
+        subprocess.run(
+            [*CLI, "plan", "--model", str(model), "--vram", arguments.vram, "--seq",
+             str(arguments.seq), "--budget", arguments.budget, "--record",
+             str(arguments.out / "probes.jsonl"), "--out", str(plan_file), "--fresh"],
+            check=True,
+        )  # fmt: skip
+        plan_s = time.monotonic() - started
     plan = json.loads(plan_file.read_text())
     write_summary(arguments.out, plan, plan_s, None, 0.0)
+    if arguments.steps == 0:
+        return
     started = time.monotonic()
     result = subprocess.run(
         [*CLI, "train", str(plan_file), "--data", str(data), "--output", str(arguments.work / "run"),
@@ -92,7 +100,7 @@ def main() -> None:
 
 
 def write_summary(
-    out: Path, plan: dict, plan_s: float, trained: dict | None, train_s: float
+    out: Path, plan: dict, plan_s: float | None, trained: dict | None, train_s: float
 ) -> None:
     """Write the figures that the documents quote."""
     chosen, baseline = plan["chosen"], plan["baseline"]
