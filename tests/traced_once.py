@@ -1,0 +1,39 @@
+"""A tiny model in a folder, whose traces all tests of a run share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from recorded import TINY
+
+from lora_advisor.advisor import traces
+from lora_advisor.probes.architectures import Architecture
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.extend import trace_all_layers
+from lora_advisor.probes.trace import Trace
+
+_MADE: dict[tuple[str, RunConfig], Trace] = {}
+
+
+def _trace(config: RunConfig, architecture: Architecture) -> Trace:
+    key = (architecture.fingerprint, config.replace(model="tiny"))
+    if key not in _MADE:
+        _MADE[key] = trace_all_layers(config, architecture)
+    return _MADE[key]
+
+
+def share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the advisor trace in this process, each step once in a test run."""
+    make: Callable[[RunConfig, Architecture], Trace] = _trace
+    monkeypatch.setattr(traces, "trace_all_layers", make)
+    monkeypatch.setattr(traces, "_WORKERS", 1)
+
+
+def save_figures(folder: Path) -> str:
+    """Save a config.json of two layers and return its folder as `--model` takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**TINY, "num_hidden_layers": 2}))
+    return str(folder)
