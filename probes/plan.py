@@ -190,9 +190,10 @@ def read_plan(path: Path) -> Plan:
         )
     try:
         return Plan.from_json(data)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(
-            f"`{path}` must be a plan written by `plan --out`, but it lacks a field: {error}."
+            f"`{path}` must be a plan written by `plan --out`, but it lacks a field or has one of "
+            f"another kind: {error}."
         ) from None
 
 
