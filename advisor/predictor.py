@@ -21,6 +21,8 @@ from lora_advisor.probes.trace import Work
 #: What Python and its libraries hold on a CPU before the model does: measured 0.6 GiB after the
 #: imports (facts of the packages) and what training adds; probes replace it.
 _CPU_CONTEXT = Context(value_bytes=GIB, upper_bytes=2 * GIB, measured=False)
+
+
 @dataclass(frozen=True)
 class Predictor:
     """Models of one architecture on one card, as far as probes have taught them.

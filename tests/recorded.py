@@ -11,6 +11,8 @@ import pytest
 
 from lora_advisor.probes.architectures import Architecture, from_hf_config
 from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.extend import trace_all_layers
+from lora_advisor.probes.trace import Trace
 
 H100_RUNS = Path(__file__).resolve().parents[2] / "shared" / "data" / "h100_runs.jsonl"
 
@@ -42,6 +44,12 @@ def h100_runs() -> list[dict[str, Any]]:
 def run_of(row: dict[str, Any]) -> tuple[RunConfig, Architecture]:
     """Return what a recorded row ran."""
     return RunConfig.from_json(row["config"]), from_hf_config("recorded", row["hf_config"])
+
+
+@cache
+def trace_of(number: int) -> Trace:
+    """Return the trace of a recorded row, made once in a test run."""
+    return trace_all_layers(*run_of(_lines()[number]))
 
 
 def tiny(**changes: Any) -> Architecture:

@@ -33,7 +33,7 @@ def spec(tmp_path: Path) -> Spec:
         vram_bytes=GIB,
         seq_len=2048,
         effective_batch=4,
-        fixed={"optimizer": "adamw_torch_fused", "kernels": "none"},
+        fixed={"method": "qlora", "optimizer": "adamw_torch_fused", "kernels": "none"},
     )
 
 
@@ -125,11 +125,13 @@ def test_a_fixed_knob_stays(spec: Spec, knob: str, value: object) -> None:
 
 
 def test_a_fixed_knob_stays_through_the_search(spec: Spec) -> None:
-    fixed = dataclasses.replace(spec, fixed={**spec.fixed, "method": "lora", "micro_batch": 2})
+    fixed = dataclasses.replace(
+        spec, fixed={**spec.fixed, "checkpointing": "full", "micro_batch": 2}
+    )
 
     found = search_within(fixed, GIB)
 
-    assert {(c.config.method, c.config.micro_batch) for c in found.feasible} == {("lora", 2)}
+    assert {(c.config.checkpointing, c.config.micro_batch) for c in found.feasible} == {("full", 2)}
 
 
 def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(spec: Spec) -> None:

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from recorded import configure, h100_runs, run_of, tiny
+from recorded import configure, h100_runs, tiny, trace_of
 
 from lora_advisor.models.memory import TracedMemory, traced_memory
 from lora_advisor.probes import trace as tracing
@@ -29,7 +29,7 @@ ROWS = {
     34: "dropout 0.05",
     38: "full fine-tuning",
     61: "TRL, QLoRA",
-    65: "TRL, LoRA",
+    66: "TRL, LoRA",
     73: "TRL, QLoRA, Liger's kernels",
 }
 
@@ -41,18 +41,14 @@ def memory_of(trace: Trace, capability: str = "9.0") -> TracedMemory:
 @pytest.mark.parametrize("number", ROWS, ids=ROWS.values())
 def test_the_trace_holds_what_an_h100_held(number: int) -> None:
     row = h100_runs()[number]
-    config, architecture = run_of(row)
 
-    traced = memory_of(trace_all_layers(config, architecture))
+    traced = memory_of(trace_of(number))
 
     assert traced.allocated_bytes == pytest.approx(row["measured"]["allocated_bytes"], rel=0.005)
 
 
 def test_the_trace_trains_the_parameters_the_h100_trained() -> None:
-    row = h100_runs()[39]
-    config, architecture = run_of(row)
-
-    assert trace_all_layers(config, architecture).trainable == row["trainable"]
+    assert trace_of(6).trainable == h100_runs()[6]["trainable"]
 
 
 SLIDING = {
