@@ -279,14 +279,16 @@ def _most_promising(session: _Session, configs: Sequence[RunConfig]) -> RunConfi
 
 
 def _as_large(config: RunConfig, result: ProbeResult) -> bool:
-    """Whether a configuration needs at least what one that did not run needed."""
-    same = config.replace(
-        micro_batch=result.config.micro_batch, accumulation=result.config.accumulation
-    )
+    """Whether a configuration needs at least what one that did not run needed.
+
+    Optimizer and allocator are not worth a second try: with an adapter they move little.
+    """
+    if _arm(config) != _arm(result.config) or config.trainer != result.config.trainer:
+        return False
     if result.outcome == "out_of_memory":
-        return same == result.config and config.micro_batch >= result.config.micro_batch
+        return config.tokens >= result.config.tokens
     # What failed for another reason fails at every size.
-    return result.outcome in ("failed", "timed_out") and _arm(config) == _arm(result.config)
+    return result.outcome in ("failed", "timed_out")
 
 
 def _promise(session: _Session, config: RunConfig) -> float:

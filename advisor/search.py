@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,10 @@ class SearchResult:
 #: Knobs that move memory a little and speed hardly at all with an adapter; they are varied only
 #: around the best arms.
 _SECONDARY = ("optimizer", "allocator")
-_ARMS_VARIED = 3
+_ARMS_VARIED = 2
+#: From this many cores on, this many sizes of the bisection are traced ahead.
+_MANY_CORES = 8
+_AHEAD = 4
 
 
 def search(
@@ -51,7 +55,7 @@ def search(
     *,
     objective: str,
     seed: int,
-    free_trials: int = 8,
+    free_trials: int = 3,
     progress: Callable[[int], None] = lambda done: None,
 ) -> SearchResult:
     """Look for the best configurations under the memory bound.
@@ -92,7 +96,13 @@ def search(
                 study.enqueue_trial(choice)
             study.optimize(run, n_trials=len(level))
 
-    look_at(_plain_choices(space))
+    plain = _plain_choices(space)
+    if (os.cpu_count() or 1) >= _MANY_CORES:
+        # Cores are idle, so what the bisection may ask for is traced before it asks.
+        sizes = list(dict.fromkeys(choice["micro_batch"] for choice in plain))[:_AHEAD]
+        ahead = [choice for choice in plain if choice["micro_batch"] in sizes]
+        predictor.store.prepare(_legal(space, ahead))
+    look_at(plain)
     look_at(_varied_choices(space, rank(_fitting(seen), objective)))
     study.optimize(run, n_trials=free_trials)
     predictor.store.release_workers()

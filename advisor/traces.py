@@ -13,7 +13,7 @@ from lora_advisor.probes.extend import between, trace_all_layers
 from lora_advisor.probes.trace import Trace
 
 #: Processes that trace side by side; each holds 0.6 GiB.
-_WORKERS = 8
+_WORKERS = 16
 #: From here on a step does the same things whatever the micro-batch: TRL's loss takes tiles of 4096
 #: tokens (trl/kernels/chunked_logprob.py), bitsandbytes changes kernels at 1536.
 _REGULAR_TOKENS = 4096

@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--budget", default="200s")
     parser.add_argument("--steps", type=int, default=120, help="Training steps; 0 to plan only.")
     parser.add_argument("--plan", type=Path, help="Train with this plan instead of planning.")
+    parser.add_argument("--record", type=Path, help="Probe results to go on from (default: none).")
+    parser.add_argument("--plan-args", default="", help="More options of `plan`.")
     parser.add_argument("--work", type=Path, default=Path("/tmp/plan_on_card"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--make-model-only", action="store_true", help=argparse.SUPPRESS)
@@ -76,11 +78,14 @@ def main() -> None:
     if arguments.plan is not None:
         plan_file.write_text(arguments.plan.read_text())
     else:
+        record = arguments.out / "probes.jsonl"
+        if arguments.record is not None:
+            record.write_text(arguments.record.read_text())
         started = time.monotonic()
         subprocess.run(
             [*CLI, "plan", "--model", str(model), "--vram", arguments.vram, "--seq",
              str(arguments.seq), "--budget", arguments.budget, "--record",
-             str(arguments.out / "probes.jsonl"), "--out", str(plan_file), "--fresh"],
+             str(record), "--out", str(plan_file), *arguments.plan_args.split()],
             check=True,
         )  # fmt: skip
         plan_s = time.monotonic() - started
