@@ -241,8 +241,12 @@ def _ending(result: ProbeResult) -> str:
     return f"{result.tokens_per_s:,.0f} tokens/s, {memory / GIB:.2f} GiB"
 
 
-def _probe_loop(session: _Session, configs: Sequence[RunConfig]) -> None:
-    """Probe the most promising configuration until none promises more, or time is up."""
+def _probe_loop(session: _Session, configs: list[RunConfig]) -> None:
+    """Probe the most promising configuration until none promises more, or time is up.
+
+    A smaller micro-batch of what ran out of memory joins `configs`: the search left it out, because
+    the larger one was expected to fit.
+    """
     while session.probing_s < session.spec.probe_budget_s:
         best = _best_measured(session, configs)
         config = _most_promising(session, configs)
@@ -251,8 +255,21 @@ def _probe_loop(session: _Session, configs: Sequence[RunConfig]) -> None:
         if best is not None and _promise(session, config) <= WORTH * best:
             session.say("no configuration left promises 2 % more")
             return
-        _run(session, _short(config), "most promising")
+        result = _run(session, _short(config), "most promising")
+        if result.outcome == "out_of_memory":
+            configs += _next_smaller(session, config, configs)
     session.say(f"the probe budget of {session.spec.probe_budget_s:g} s is spent")
+
+
+def _next_smaller(
+    session: _Session, config: RunConfig, configs: Sequence[RunConfig]
+) -> list[RunConfig]:
+    sizes = [n for n in session.space.axes["micro_batch"] if n < config.micro_batch]
+    if not sizes:
+        return []
+    size = max(sizes)
+    smaller = config.replace(micro_batch=size, accumulation=session.space.effective_batch // size)
+    return [] if smaller in configs else [smaller]
 
 
 def _best_measured(session: _Session, configs: Sequence[RunConfig]) -> float | None:
@@ -345,7 +362,8 @@ def _finish(
     data: DataSummary | None,
 ) -> Plan:
     others = [session.predictor.candidate(c) for c in configs if c != chosen.config]
-    runners, lost = [], []
+    runners: list[Candidate] = []
+    lost: list[Candidate] = []
     for candidate in rank(_with_short_results(session, others), session.spec.objective):
         reason = _reason(session, candidate, chosen)
         group = lost if _cannot_run(session, candidate) else runners
@@ -432,7 +450,11 @@ def _reason(session: _Session, candidate: Candidate, chosen: Candidate) -> str:
     if mine is None or best is None:
         return "fewer tokens in a micro-batch"
     kind = "measured" if candidate.evidence == "proved" else candidate.evidence
-    return f"{100 * (1 - mine / best):.0f} % slower ({kind})" if mine < best * 0.995 else f"as fast ({kind})"
+    return (
+        f"{100 * (1 - mine / best):.0f} % slower ({kind})"
+        if mine < best * 0.995
+        else f"as fast ({kind})"
+    )
 
 
 def describe(config: RunConfig) -> str:
@@ -475,7 +497,9 @@ def check_device(device: str) -> str:
     if device == "auto":
         return "cuda" if gpu_present() else "none"
     if device == "cuda" and not gpu_present():
-        raise UnavailableError("`--device cuda` needs an NVIDIA GPU, but there is none; leave it out to predict.")
+        raise UnavailableError(
+            "`--device cuda` needs an NVIDIA GPU, but there is none; leave it out to predict."
+        )
     if device not in ("cuda", "cpu", "none"):
         raise UsageError(f"`--device` must be auto, cuda, cpu or none, but got {device!r}.")
     return device

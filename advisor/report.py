@@ -118,14 +118,14 @@ def _figures(plan: Plan) -> str:
         [
             "tokens/s",
             interval_text(chosen.prediction.tokens_per_s),
-            _number(ran and ran.tokens_per_s),
+            _number(ran.tokens_per_s if ran else None),
         ],
-        ["live tensors", gib(memory.allocated_bytes), _size(ran and ran.allocated_bytes)],
-        ["allocator", gib(memory.reserved_bytes), _size(ran and ran.reserved_bytes)],
+        ["live tensors", gib(memory.allocated_bytes), _size(ran.allocated_bytes if ran else None)],
+        ["allocator", gib(memory.reserved_bytes), _size(ran.reserved_bytes if ran else None)],
         [
             "process",
             f"{gib(memory.process_bytes)}, at most {gib(memory.process_upper_bytes)}",
-            _size(ran and ran.process_bytes),
+            _size(ran.process_bytes if ran else None),
         ],
     ]
     if ran is not None and ran.joules_per_token is not None:

@@ -35,7 +35,9 @@ def make_model(name: str, tokenizer: Path, folder: Path) -> None:
         lora=LoraShape(r=8, alpha=16, dropout=0.0, targets="all-linear"), compile="off",
         allocator="default",
     )  # fmt: skip
-    random_model(config, load_bundled(name), "cuda", quantise=quantise_layer).save_pretrained(folder)
+    random_model(config, load_bundled(name), "cuda", quantise=quantise_layer).save_pretrained(
+        folder
+    )
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 

@@ -39,6 +39,7 @@ _COMPILED_BYTES = 0.2
 #: One-sided half-width of an interval in log time, for a roofline without probes and for a model
 #: with probes before its own residuals are known; benchmarks/results/throughput_accuracy.json.
 _ROOFLINE_SPREAD = 0.6
+_FITTED_TERMS = 3
 _PROBED_SPREAD = 0.15
 
 
@@ -89,7 +90,9 @@ class ThroughputModel:
         compiled_seconds, compiled_left = _draw(_compiled(seconds), compiled)
         residuals = left + compiled_left
         weight = len(residuals) / (len(residuals) + 3)
-        own = 1.6 * math.sqrt(sum(r * r for r in residuals) / max(1, len(residuals)))
+        # 1.65 standard deviations hold nine of ten; the coefficients took degrees of freedom.
+        free = max(1, len(residuals) - _FITTED_TERMS)
+        own = 1.65 * math.sqrt(sum(r * r for r in residuals) / free)
         spread = weight * own + (1 - weight) * (_PROBED_SPREAD if residuals else _ROOFLINE_SPREAD)
         return cls(seconds, compiled_seconds, spread, len(observations))
 
