@@ -19,29 +19,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from lora_advisor.probes.errors import AdvisorError, StackError, UsageError
+from lora_advisor.advisor.asking import (
+    KNOBS,
+    architecture_of,
+    cache_dir,
+    config_of,
+    gib_bytes,
+    machine_of,
+    spec_of,
+    training_device,
+    vram_bytes,
+)
+from lora_advisor.probes.errors import AdvisorError, UsageError
 
 if TYPE_CHECKING:
     from lora_advisor.advisor.outcome import Progress
-    from lora_advisor.probes.architectures import Architecture
-    from lora_advisor.probes.cards import Card
-    from lora_advisor.probes.machine import Machine
-    from lora_advisor.probes.plan import DataSummary, Plan
 
 GIB = 2**30
 F = TypeVar("F", bound=Callable[..., Any])
-
-_KNOBS = {
-    "trainer": "trl, transformers or loop",
-    "method": "lora, qlora or full",
-    "precision": "bf16, fp16 or fp32",
-    "optimizer": "a name of transformers' OptimizerNames",
-    "checkpointing": "off, full, every_N or offload",
-    "attention": "sdpa, eager or flash_attention_2",
-    "kernels": "none or liger",
-    "compile": "off, layers or model",
-    "allocator": "default or expandable_segments",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,55 +97,92 @@ def group() -> None:
 
 
 def _model_options(command: F) -> F:
-    for option in reversed(
+    """Add the options that say which model, which memory and which adapter."""
+    option = click.option
+    for add in reversed(
         [
-            click.option("--model", default="qwen2.5-1.5b", show_default=True,
-                         help="Bundled name, folder, path of a config.json, or hub id."),
-            click.option("--vram", type=float, default=None,
-                         help="Memory to plan for in GiB (default: the card's; on a CPU 80 % of RAM)."),
-            click.option("--reserve", type=float, default=0.25, show_default=True,
-                         help="GiB of it to leave free, for the desktop and for what is not foreseen."),
-            click.option("--gpu", default=None,
-                         help="A card that is not here, such as rtx-4060: predict for it."),
-            click.option("--device", default="auto", show_default=True,
-                         help="auto, cuda, cpu, or none to predict only."),
-            click.option("--trust-remote-code", is_flag=True,
-                         help="Run code that comes with the model (default: never)."),
-            click.option("--rank", type=int, default=16, show_default=True, help="Rank of the adapter."),
-            click.option("--alpha", type=float, default=None, help="Scale of the adapter (default: 2 x rank)."),
-            click.option("--dropout", type=float, default=0.0, show_default=True, help="Dropout of the adapter."),
-            click.option("--targets", default="all-linear", show_default=True,
-                         help="Modules that carry an adapter: all-linear, or names with commas."),
-            click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+            option("--model", default="qwen2.5-1.5b", show_default=True,
+                   help="Bundled name, folder, path of a config.json, or hub id."),
+            option("--vram", type=float, default=None,
+                   help="GiB to plan for (default: the card's memory; on a CPU 80 % of RAM)."),
+            option("--reserve", type=float, default=0.25, show_default=True,
+                   help="GiB of it to leave free, for the desktop and the unforeseen."),
+            option("--gpu", default=None,
+                   help="A card that is not here, such as rtx-4060: predict for it."),
+            option("--device", default="auto", show_default=True,
+                   help="auto, cuda, cpu, or none to predict only."),
+            option("--trust-remote-code", is_flag=True,
+                   help="Run code that comes with the model (default: never)."),
+            option("--rank", type=int, default=16, show_default=True,
+                   help="Rank of the adapter."),
+            option("--alpha", type=float, default=None,
+                   help="Scale of the adapter (default: 2 x rank)."),
+            option("--dropout", type=float, default=0.0, show_default=True,
+                   help="Dropout of the adapter."),
+            option("--targets", default="all-linear", show_default=True,
+                   help="Modules that carry an adapter: all-linear, or names with commas."),
+            option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
         ]
     ):  # fmt: skip
-        command = option(command)
+        command = add(command)
     return command
 
 
 def _knob_options(command: F) -> F:
-    for name, words in reversed(_KNOBS.items()):
+    for name, words in reversed(KNOBS.items()):
         command = click.option(f"--{name}", default=None, help=f"Fix it: {words}.")(command)
-    command = click.option("--micro-batch", type=int, default=None, help="Fix the sequences in one forward pass.")(command)
-    return click.option("--packing", is_flag=True, default=None, help="Let short rows share a sequence.")(command)
+    command = click.option(
+        "--micro-batch", type=int, default=None, help="Fix the sequences in one forward pass."
+    )(command)
+    return click.option(
+        "--packing", is_flag=True, default=None, help="Let short rows share a sequence."
+    )(command)
 
 
 @group.command()
 @_model_options
 @_knob_options
-@click.option("--data", type=click.Path(path_type=Path), default=None,
-              help="Training data (JSONL, JSON or CSV): gives the time it takes, and --seq.")
-@click.option("--seq", type=int, default=None,
-              help="Tokens in a sequence (default: what covers 99 % of the data's rows, else 1024).")
-@click.option("--batch", type=int, default=24, show_default=True,
-              help="Effective batch: sequences in one optimizer step, never changed.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Training data (JSONL, JSON or CSV): gives the time it takes, and --seq.",
+)
+@click.option(
+    "--seq",
+    type=int,
+    default=None,
+    help="Tokens in a sequence (default: what covers 99 % of the data's rows, else 1024).",
+)
+@click.option(
+    "--batch",
+    type=int,
+    default=24,
+    show_default=True,
+    help="Effective batch: sequences in one optimizer step, never changed.",
+)
 @click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the data.")
-@click.option("--budget", default="300s", show_default=True, help="Time the probes may take, such as 120s or 5m.")
-@click.option("--objective", default="tokens_per_s", show_default=True,
-              help="tokens_per_s, joules_per_token or seq_len.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Write the plan to this file.")
-@click.option("--record", type=click.Path(path_type=Path), default=None,
-              help="File of probe results, read and appended to (default: in the user's cache).")
+@click.option(
+    "--budget",
+    default="300s",
+    show_default=True,
+    help="Time the probes may take, such as 120s or 5m.",
+)
+@click.option(
+    "--objective",
+    default="tokens_per_s",
+    show_default=True,
+    help="tokens_per_s, joules_per_token or seq_len.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Write the plan to this file."
+)
+@click.option(
+    "--record",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="File of probe results, read and appended to (default: in the user's cache).",
+)
 @click.option("--fresh", is_flag=True, help="Do not use earlier probe results.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
 def plan(**options: Any) -> int:  # fmt: skip
@@ -162,11 +194,11 @@ def plan(**options: Any) -> int:  # fmt: skip
       lora-advisor plan --gpu rtx-3060-12gb --seq 2048
       lora-advisor plan --model ./my-model --data chat.jsonl --vram 8 --out plan.json
     """
-    from lora_advisor.advisor.planning import cache_dir, make_plan
+    from lora_advisor.advisor.planning import make_plan
     from lora_advisor.advisor.report import plan_text
     from lora_advisor.probes.plan import plain_json, write_plan
 
-    spec, data = _spec(options)
+    spec, data = spec_of(options)
     record = options["record"] or cache_dir() / "probes.jsonl"
     made = make_plan(spec, record=record, data=data, say=_say, fresh=options["fresh"])
     if options["out"] is not None:
@@ -180,9 +212,16 @@ def plan(**options: Any) -> int:  # fmt: skip
 @_model_options
 @_knob_options
 @click.option("--seq", type=int, default=1024, show_default=True, help="Tokens in a sequence.")
-@click.option("--accumulation", type=int, default=1, show_default=True, help="Micro-batches in a step.")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), default=None,
-              help="A RunConfig as JSON, instead of the knobs.")
+@click.option(
+    "--accumulation", type=int, default=1, show_default=True, help="Micro-batches in a step."
+)
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="A RunConfig as JSON, instead of the knobs.",
+)
 def fit(**options: Any) -> int:  # fmt: skip
     """Say whether a configuration fits: exit code 0 fits, 1 does not, 2 uncertain.
 
@@ -198,13 +237,17 @@ def fit(**options: Any) -> int:  # fmt: skip
     from lora_advisor.advisor.report import fit_text
     from lora_advisor.probes.plan import plain_json
 
-    config = _asked_config(options)
-    machine, card = _machine(options)
-    limit = _vram_bytes(options, machine) - _gib_bytes("--reserve", options["reserve"])
+    config = config_of(options)
+    machine, card = machine_of(options)
+    limit = vram_bytes(options, machine) - gib_bytes("--reserve", options["reserve"])
     if limit <= 0:
         raise UsageError(f"`--vram` less `--reserve` must be above 0 GiB, but is {limit / GIB:g}.")
     predictor = Predictor.start(
-        _architecture(config.model, options), machine, card, limit_bytes=limit, precision=config.precision
+        architecture_of(config.model, options),
+        machine,
+        card,
+        limit_bytes=limit,
+        precision=config.precision,
     )
     answer = will_it_fit(config, predictor)
     if options["as_json"]:
@@ -216,19 +259,42 @@ def fit(**options: Any) -> int:  # fmt: skip
 
 @group.command()
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
-@click.option("--data", type=click.Path(path_type=Path), default=None,
-              help="Training data (default: the plan's).")
-@click.option("--output", type=click.Path(path_type=Path), required=True,
-              help="Folder for checkpoints, the adapter and result.json.")
-@click.option("--epochs", type=float, default=None, help="Passes over the data (default: the plan's).")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Training data (default: the plan's).",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for checkpoints, the adapter and result.json.",
+)
+@click.option(
+    "--epochs", type=float, default=None, help="Passes over the data (default: the plan's)."
+)
 @click.option("--max-steps", type=int, default=None, help="Optimizer steps instead of epochs.")
 @click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="Its peak.")
-@click.option("--holdout", type=float, default=0.1, show_default=True,
-              help="Share of the rows to evaluate on and never train on.")
-@click.option("--save-steps", type=int, default=50, show_default=True, help="Steps between checkpoints.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of hold-out, order and adapter.")
+@click.option(
+    "--holdout",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Share of the rows to evaluate on and never train on.",
+)
+@click.option(
+    "--save-steps", type=int, default=50, show_default=True, help="Steps between checkpoints."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of hold-out, order and adapter."
+)
 @click.option("--restart", is_flag=True, help="Begin anew where an interrupted run would go on.")
-@click.option("--ignore-stack", is_flag=True, help="Use a plan that was made with other versions or elsewhere.")
+@click.option(
+    "--ignore-stack",
+    is_flag=True,
+    help="Use a plan that was made with other versions or elsewhere.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def train(plan_file: Path, **options: Any) -> int:  # fmt: skip
     """Train with a plan to the end; an interrupted run goes on where it was.
@@ -240,7 +306,7 @@ def train(plan_file: Path, **options: Any) -> int:  # fmt: skip
     from lora_advisor.probes.plan import read_plan
 
     made = read_plan(plan_file)
-    device = _training_device(made, ignore=options["ignore_stack"])
+    device = training_device(made, ignore=options["ignore_stack"])
     data = options["data"] or (None if made.spec.data is None else Path(made.spec.data))
     if data is None:
         raise UsageError("`--data` must be given: the plan names no data.")
@@ -282,7 +348,9 @@ def train(plan_file: Path, **options: Any) -> int:  # fmt: skip
 @group.command()
 @click.argument("cases", metavar="CASES.jsonl", type=click.Path(path_type=Path))
 @click.option("--gpu", default=None, help="The card (default: the one here, else rtx-4060).")
-@click.option("--vram", type=float, default=None, help="Memory for the verdict in GiB (default: the card's).")
+@click.option(
+    "--vram", type=float, default=None, help="Memory for the verdict in GiB (default: the card's)."
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document instead of one a line.")
 def predict(cases: Path, **options: Any) -> int:  # fmt: skip
     """Predict a file of configurations: one RunConfig a line in, one answer a line out.
@@ -292,9 +360,11 @@ def predict(cases: Path, **options: Any) -> int:  # fmt: skip
     from lora_advisor.advisor.cases import predict_cases
     from lora_advisor.probes.machine import detect_stack
 
-    machine, card = _machine({**options, "device": "auto"})
-    limit = _vram_bytes(options, machine)
-    answers = predict_cases(cases, machine=machine, card=card, limit_bytes=limit, stack=detect_stack())
+    machine, card = machine_of({**options, "device": "auto"})
+    limit = vram_bytes(options, machine)
+    answers = predict_cases(
+        cases, machine=machine, card=card, limit_bytes=limit, stack=detect_stack()
+    )
     if options["as_json"]:
         click.echo(json.dumps({"predictions": list(answers)}))
         return 0
@@ -313,7 +383,9 @@ def doctor(show_cards: bool, as_json: bool) -> int:
         from lora_advisor.probes.cards import cards
         from lora_advisor.probes.plan import plain_json
 
-        click.echo(json.dumps(plain_json(cards())) if as_json else cards_text(list(cards().values())))
+        click.echo(
+            json.dumps(plain_json(cards())) if as_json else cards_text(list(cards().values()))
+        )
         return 0
     from lora_advisor.advisor.doctor import examine, to_json
     from lora_advisor.advisor.report import doctor_text
@@ -331,156 +403,6 @@ def _progress(state: Progress) -> None:
     from lora_advisor.advisor.report import progress_text
 
     _say(progress_text(state))
-
-
-def _gib_bytes(name: str, value: float) -> int:
-    if not 0 <= value < 1e6:
-        raise UsageError(f"`{name}` must be a number of GiB of at least 0, but got {value:g}.")
-    return int(value * GIB)
-
-
-def _vram_bytes(options: dict[str, Any], machine: Machine) -> int:
-    given = options["vram"]
-    if given is None:
-        return int(machine.memory_bytes * (0.8 if machine.kind == "cpu" else 1.0))
-    if not given > 0:
-        raise UsageError(f"`--vram` must be above 0 GiB, but got {given:g}; give the card's memory.")
-    return _gib_bytes("--vram", given)
-
-
-def _machine(options: dict[str, Any]) -> tuple[Machine, Card | None]:
-    """Return the device that is meant, and its row in the card table."""
-    from lora_advisor.advisor.planning import check_device
-    from lora_advisor.probes.cards import card_of, find_card
-    from lora_advisor.probes.machine import detect_machine
-
-    if options["gpu"] is not None:
-        card = find_card(options["gpu"])
-        return card.machine(), card
-    device = check_device(options["device"])
-    if device == "none":
-        card = find_card("rtx-4060")
-        return card.machine(), card
-    machine = detect_machine(device)
-    return machine, card_of(machine) if device == "cuda" else None
-
-
-def _architecture(model: str, options: dict[str, Any]) -> Architecture:
-    from lora_advisor.probes.architectures import resolve_architecture
-
-    return resolve_architecture(model, trust_remote_code=options["trust_remote_code"])
-
-
-def _targets(options: dict[str, Any]) -> str | tuple[str, ...]:
-    given = options["targets"]
-    return given if given == "all-linear" else tuple(part.strip() for part in given.split(","))
-
-
-def _fixed(options: dict[str, Any]) -> dict[str, Any]:
-    names = (*_KNOBS, "micro_batch", "packing")
-    return {name: options[name] for name in names if options[name] is not None}
-
-
-def _spec(options: dict[str, Any]) -> tuple[Any, DataSummary | None]:
-    from lora_advisor.advisor.datafit import summarise
-    from lora_advisor.advisor.planning import check_device
-    from lora_advisor.probes.spec import Spec
-
-    device = "none" if options["gpu"] is not None else check_device(options["device"])
-    machine, card = _machine({**options, "device": device})
-    data, seq = None, options["seq"] or 1024
-    if options["data"] is not None:
-        architecture = _architecture(options["model"], options)
-        data, seq = summarise(options["data"], architecture, options["seq"])
-    spec = Spec(
-        model=options["model"],
-        data=None if options["data"] is None else str(options["data"]),
-        vram_bytes=_vram_bytes(options, machine),
-        reserve_bytes=_gib_bytes("--reserve", options["reserve"]),
-        seq_len=seq,
-        effective_batch=options["batch"],
-        epochs=options["epochs"],
-        fixed=_fixed(options),
-        rank=options["rank"],
-        alpha=options["alpha"] if options["alpha"] is not None else 2 * options["rank"],
-        dropout=options["dropout"],
-        targets=_targets(options),
-        probe_budget_s=_seconds(options["budget"]),
-        objective=options["objective"],
-        device=device,
-        gpu=None if device != "none" or card is None else card.key,
-        trust_remote_code=options["trust_remote_code"],
-        seed=options["seed"],
-    )
-    return spec, data
-
-
-def _seconds(text: str) -> float:
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
-    try:
-        return float(number) * unit
-    except ValueError:
-        raise UsageError(f"`--budget` must be a time such as 120s or 5m, but got {text!r}.") from None
-
-
-def _asked_config(options: dict[str, Any]) -> Any:
-    from lora_advisor.probes.config import LoraShape, RunConfig
-    from lora_advisor.probes.errors import DataError, MissingInputError
-
-    if options["config_file"] is not None:
-        try:
-            return RunConfig.from_json(json.loads(options["config_file"].read_text("utf-8")))
-        except FileNotFoundError:
-            raise MissingInputError(f"`{options['config_file']}` must be a RunConfig, but it is not there.") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise DataError(f"`{options['config_file']}` must be a RunConfig as JSON, but {error}.") from None
-    values = {
-        "trainer": "trl", "method": "qlora", "precision": "bf16", "optimizer": "adamw_torch_fused",
-        "checkpointing": "full", "attention": "sdpa", "kernels": "none", "compile": "off",
-        "allocator": "default", "micro_batch": 1, **_fixed(options),
-    }  # fmt: skip
-    fused = values["trainer"] == "trl" or values["kernels"] == "liger"
-    rank, alpha = options["rank"], options["alpha"]
-    shape = LoraShape(
-        r=rank, alpha=2 * rank if alpha is None else alpha, dropout=options["dropout"], targets=_targets(options)
-    )
-    return RunConfig(
-        model=options["model"],
-        seq_len=options["seq"],
-        accumulation=options["accumulation"],
-        loss="fused" if fused else "full",
-        lora=None if values["method"] == "full" else shape,
-        **values,
-    )
-
-
-def _training_device(made: Plan, *, ignore: bool) -> str:
-    """Return the device a plan is for, here; refuse a plan of another machine or stack."""
-    from lora_advisor.advisor.planning import check_device
-    from lora_advisor.probes.machine import detect_machine, detect_stack
-
-    stack = detect_stack()
-    if made.stack != stack and not ignore:
-        changed = [
-            f"{name} {old or 'missing'} there, {getattr(stack, name) or 'missing'} here"
-            for name, old in made.stack.to_json().items()
-            if old != getattr(stack, name)
-        ]
-        raise StackError(
-            f"the plan was made with another stack ({'; '.join(changed)}): plan again, or give --ignore-stack."
-        )
-    if made.machine.kind == "card":
-        device = check_device("auto")
-        if device == "none":
-            raise StackError(f"the plan is for an {made.machine.name}, but no GPU is here; plan with --device cpu.")
-        return device
-    device = check_device(made.machine.kind)
-    if detect_machine(device) != made.machine and not ignore:
-        raise StackError(
-            f"the plan was made on another machine ({made.machine.name}): plan again, or give --ignore-stack."
-        )
-    return device
 
 
 if __name__ == "__main__":

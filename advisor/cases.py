@@ -21,8 +21,8 @@ def predict_cases(
 ) -> Iterator[dict[str, Any]]:
     """Yield one answer a line of the file.
 
-    A line is a RunConfig; `hf_config` beside its fields gives the architecture inline. What is wrong
-    with a line is said in its answer's `error`; the other lines are answered all the same.
+    A line is a RunConfig; `hf_config` beside its fields gives the architecture inline. What is
+    wrong with a line is said in its answer's `error`; the other lines are answered all the same.
 
     Raises:
         MissingInputError: There is no such file.

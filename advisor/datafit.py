@@ -27,8 +27,8 @@ def summarise(
     """
     if architecture.weights is None:
         raise UsageError(
-            f"`--data` needs the model's tokenizer, but `{architecture.name}` is only figures; give "
-            "--model as a folder or a hub id."
+            f"`--data` needs the model's tokenizer, but `{architecture.name}` is only figures; "
+            "give --model as a folder or a hub id."
         )
     examples = read_examples(path)
     tokenizer = load_tokenizer(architecture)

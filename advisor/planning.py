@@ -9,7 +9,6 @@ and said to be.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +21,10 @@ from lora_advisor.advisor.space import Space, baseline_config, build_space
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
 from lora_advisor.probes.cards import Card, card_of, find_card
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.errors import AdvisorError, UnavailableError, UsageError
+from lora_advisor.probes.errors import AdvisorError
 from lora_advisor.probes.machine import GIB, Machine, Stack, detect_machine, detect_stack
 from lora_advisor.probes.plan import Candidate, DataSummary, Plan
-from lora_advisor.probes.record import ProbeResult, read_records, same_place
+from lora_advisor.probes.record import ProbeResult, check_writable, read_records, same_place
 from lora_advisor.probes.runner import capped_bytes, context_bytes_of, run_probe
 from lora_advisor.probes.spec import Spec
 
@@ -93,6 +92,7 @@ def make_plan(
     """
     session = _open(spec, say)
     if spec.device != "none":
+        check_writable(record)
         session.probe = probe or _prober(session, record)
         if not fresh:
             _reuse(session, record)
@@ -480,26 +480,3 @@ def describe(config: RunConfig) -> str:
     if config.fp32_upcast:
         parts.append("fp32 upcast")
     return ", ".join(parts)
-
-
-def cache_dir() -> Path:
-    """Return the folder of this user's records."""
-    base = os.environ.get("LORA_ADVISOR_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-advisor"
-
-
-def check_device(device: str) -> str:
-    """Turn "auto" into the device there is: "cuda", or "none" for predictions only."""
-    from lora_advisor.probes.machine import gpu_present
-
-    if device == "auto":
-        return "cuda" if gpu_present() else "none"
-    if device == "cuda" and not gpu_present():
-        raise UnavailableError(
-            "`--device cuda` needs an NVIDIA GPU, but there is none; leave it out to predict."
-        )
-    if device not in ("cuda", "cpu", "none"):
-        raise UsageError(f"`--device` must be auto, cuda, cpu or none, but got {device!r}.")
-    return device

@@ -200,12 +200,14 @@ def fit_text(answer: FitAnswer, *, where: str) -> str:
     memory = answer.prediction.memory
     words = {"fits": "yes", "does not fit": "no", "uncertain": "uncertain"}
     lines = [
-        f"{words[answer.prediction.verdict]}: {answer.config.model}, {describe(answer.config)}, on {where}",
+        f"{words[answer.prediction.verdict]}: {answer.config.model}, {describe(answer.config)}, "
+        f"on {where}",
         f"needs {gib(memory.process_bytes)}, at most {gib(memory.process_upper_bytes)}, "
         f"of {gib(answer.limit_bytes)} ({_KNOWN[answer.prediction.evidence]})",
         f"speed {interval_text(answer.prediction.tokens_per_s)}",
         "",
-        f"peak at: {memory.instant} ({gib(memory.allocated_bytes)} live, {gib(memory.reserved_bytes)} held)",
+        f"peak at: {memory.instant} ({gib(memory.allocated_bytes)} live, "
+        f"{gib(memory.reserved_bytes)} held)",
         memory_bars(memory),
     ]
     changes = list(answer.changes) + ([answer.combined] if answer.combined else [])
@@ -224,7 +226,8 @@ def fit_text(answer: FitAnswer, *, where: str) -> str:
     elif answer.prediction.verdict != "fits":
         lines += [
             "",
-            "no change of method, batch or checkpointing makes it fit; shorten --seq or take a smaller model",
+            "no change of method, batch or checkpointing makes it fit; shorten --seq or take a "
+            "smaller model",
         ]
     return "\n".join(lines)
 
@@ -233,7 +236,8 @@ def progress_text(state: Progress) -> str:
     """Write how a training stands, in one line."""
     memory = "" if state.peak_bytes is None else f", peak {gib(state.peak_bytes)}"
     return (
-        f"step {state.step}/{state.steps}: loss {state.loss:.3f}, {state.tokens_per_s:,.0f} tokens/s"
+        f"step {state.step}/{state.steps}: loss {state.loss:.3f}, "
+        f"{state.tokens_per_s:,.0f} tokens/s"
         f"{memory}, {duration(state.seconds_left)} left"
     )
 
@@ -260,7 +264,8 @@ def training_text(result: TrainingResult) -> str:
     lines = [f"{result.steps} steps, {result.rows:,} rows, {result.holdout_rows:,} held out"]
     if result.eval_loss_before is not None and result.eval_loss_after is not None:
         lines.append(
-            f"held-out loss {result.eval_loss_before:.3f} before, {result.eval_loss_after:.3f} after (nats a token)"
+            f"held-out loss {result.eval_loss_before:.3f} before, "
+            f"{result.eval_loss_after:.3f} after (nats a token)"
         )
     lines += ["", tabulate(rows, headers=["", "predicted", "measured"], disable_numparse=True)]
     lines += ["", f"adapter in {result.adapter}"]

@@ -83,6 +83,8 @@ def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -
     }
     _exclude(axes, excluded, machine, stack)
     for knob, value in spec.fixed.items():
+        if knob == "micro_batch" and value < 1:
+            raise UsageError(f"`--micro-batch` must be at least 1 sequence, but got {value}.")
         if knob == "micro_batch" and spec.effective_batch % value:
             raise UsageError(
                 f"`--micro-batch` must divide the effective batch, but {value} does not divide "

@@ -97,8 +97,9 @@ def main() -> None:
         return
     started = time.monotonic()
     result = subprocess.run(
-        [*CLI, "train", str(plan_file), "--data", str(data), "--output", str(arguments.work / "run"),
-         "--max-steps", str(arguments.steps), "--save-steps", "1000", "--holdout", "0.02", "--json"],
+        [*CLI, "train", str(plan_file), "--data", str(data),
+         "--output", str(arguments.work / "run"), "--max-steps", str(arguments.steps),
+         "--save-steps", "1000", "--holdout", "0.02", "--json"],
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     trained = json.loads(result.stdout.strip().splitlines()[-1])

@@ -48,10 +48,10 @@ def main() -> None:
         )
         step = predictor.predict(config).step_s
         assert step is not None
-        rows.append({"row": number, "measured_s": measured, "predicted_s": step.value,
-                     "low_s": step.low, "high_s": step.high, "compile": config.compile})  # fmt: skip
+        times = {"predicted_s": step.value, "low_s": step.low, "high_s": step.high}
+        rows.append({"row": number, "measured_s": measured, "compile": config.compile, **times})
         print(rows[-1], flush=True)
-    speeds = [config_row["measured_s"] for config_row in rows]
+    speeds = [row["measured_s"] for row in rows]
     summary = {
         "card": card.key,
         "steps": len(rows),

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.errors import DataError, MissingInputError, OutputError
+from lora_advisor.probes.errors import DataError, MissingInputError, OutputError, UsageError
 from lora_advisor.probes.machine import Machine, Stack
 from lora_advisor.probes.prediction import Interval, MemoryPrediction, Prediction
 from lora_advisor.probes.record import ProbeResult
@@ -190,7 +190,7 @@ def read_plan(path: Path) -> Plan:
         )
     try:
         return Plan.from_json(data)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
         raise DataError(
             f"`{path}` must be a plan written by `plan --out`, but it lacks a field or has one of "
             f"another kind: {error}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import statistics
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.errors import DataError
+from lora_advisor.probes.errors import DataError, OutputError, UsageError
 from lora_advisor.probes.machine import Machine, Stack
 
 #: Raised when a change of how things are measured makes old lines incomparable.
@@ -126,9 +127,40 @@ class ProbeResult:
 
 
 def append_record(path: Path, result: ProbeResult) -> None:
-    """Write one result at the end of a record file, to the disk before this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write one result at the end of a record file, to the disk before this returns.
+
+    Raises:
+        OutputError: The place cannot be written.
+    """
     line = json.dumps({"format": FORMAT, **result.to_json()}) + "\n"
+    try:
+        _append(path, line)
+    except OSError as error:
+        raise _cannot_be_written(path, error) from None
+
+
+def check_writable(path: Path) -> None:
+    """Find out before the work whether its result can be written; the folder is made.
+
+    Raises:
+        OutputError: The place cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _cannot_be_written(path, error) from None
+
+
+def _cannot_be_written(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"`{path}` must be a place that can be written, but {error.strerror}.")
+
+
+def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         if _ends_torn(path):
@@ -151,7 +183,10 @@ def read_records(path: Path) -> list[ProbeResult]:
 
 
 def _lines(path: Path) -> Iterator[ProbeResult]:
-    lines = path.read_text("utf-8").split("\n")
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"`{path}` must be a file of records, but {error}.") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -169,7 +204,14 @@ def _lines(path: Path) -> Iterator[ProbeResult]:
                 f"`{path}` line {number} must be a record of format {FORMAT}, but it is of format "
                 f"{found!r}; move the file away to start anew."
             )
-        yield ProbeResult.from_json(data)
+        try:
+            result = ProbeResult.from_json(data)
+        except (KeyError, TypeError, AttributeError, ValueError, UsageError) as error:
+            raise DataError(
+                f"`{path}` line {number} must be a record, but it lacks a field or has one of "
+                f"another kind: {error}"
+            ) from None
+        yield result
 
 
 def _looks_torn(line: str) -> bool:

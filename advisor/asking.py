@@ -1,0 +1,220 @@
+"""From the command line's words to the objects the library takes; `options` is what click parsed.
+
+Nothing here imports torch: `--help` and a mistyped option are answered at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lora_advisor.probes.architectures import Architecture, resolve_architecture
+from lora_advisor.probes.cards import Card, card_of, find_card
+from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.errors import (
+    DataError,
+    MissingInputError,
+    StackError,
+    UnavailableError,
+    UsageError,
+)
+from lora_advisor.probes.machine import GIB, Machine, detect_machine, detect_stack, gpu_present
+from lora_advisor.probes.plan import DataSummary, Plan
+from lora_advisor.probes.spec import Spec
+
+#: Knobs of RunConfig that an option of the same name fixes, with the words it takes.
+KNOBS = {
+    "trainer": "trl, transformers or loop",
+    "method": "lora, qlora or full",
+    "precision": "bf16, fp16 or fp32",
+    "optimizer": "a name of transformers' OptimizerNames",
+    "checkpointing": "off, full, every_N or offload",
+    "attention": "sdpa, eager or flash_attention_2",
+    "kernels": "none or liger",
+    "compile": "off, layers or model",
+    "allocator": "default or expandable_segments",
+}
+
+
+def cache_dir() -> Path:
+    """Return the folder of this user's records."""
+    base = os.environ.get("LORA_ADVISOR_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-advisor"
+
+
+def check_device(device: str) -> str:
+    """Turn "auto" into the device there is: "cuda", or "none" for predictions only."""
+    if device == "auto":
+        return "cuda" if gpu_present() else "none"
+    if device == "cuda" and not gpu_present():
+        raise UnavailableError(
+            "`--device cuda` needs an NVIDIA GPU, but there is none; leave it out to predict."
+        )
+    if device not in ("cuda", "cpu", "none"):
+        raise UsageError(f"`--device` must be auto, cuda, cpu or none, but got {device!r}.")
+    return device
+
+
+def gib_bytes(name: str, value: float) -> int:
+    """Turn GiB into bytes; `name` is the option they came with."""
+    if not 0 <= value < 1e6:
+        raise UsageError(f"`{name}` must be a number of GiB of at least 0, but got {value:g}.")
+    return int(value * GIB)
+
+
+def vram_bytes(options: dict[str, Any], machine: Machine) -> int:
+    """Return the memory to plan for: what was given, else what the device has."""
+    given = options["vram"]
+    if given is None:
+        return int(machine.memory_bytes * (0.8 if machine.kind == "cpu" else 1.0))
+    if not given > 0:
+        raise UsageError(
+            f"`--vram` must be above 0 GiB, but got {given:g}; give the card's memory."
+        )
+    return gib_bytes("--vram", given)
+
+
+def machine_of(options: dict[str, Any]) -> tuple[Machine, Card | None]:
+    """Return the device that is meant, and its row in the card table."""
+
+    if options["gpu"] is not None:
+        card = find_card(options["gpu"])
+        return card.machine(), card
+    device = check_device(options["device"])
+    if device == "none":
+        card = find_card("rtx-4060")
+        return card.machine(), card
+    machine = detect_machine(device)
+    return machine, card_of(machine) if device == "cuda" else None
+
+
+def architecture_of(model: str, options: dict[str, Any]) -> Architecture:
+    """Return the figures of a model."""
+
+    return resolve_architecture(model, trust_remote_code=options["trust_remote_code"])
+
+
+def _targets(options: dict[str, Any]) -> str | tuple[str, ...]:
+    given = options["targets"]
+    return given if given == "all-linear" else tuple(part.strip() for part in given.split(","))
+
+
+def _fixed(options: dict[str, Any]) -> dict[str, Any]:
+    names = (*KNOBS, "micro_batch", "packing")
+    return {name: options[name] for name in names if options[name] is not None}
+
+
+def spec_of(options: dict[str, Any]) -> tuple[Spec, DataSummary | None]:
+    """Return what `plan` is asked for, and what its data holds."""
+    from lora_advisor.advisor.datafit import summarise
+
+    device = "none" if options["gpu"] is not None else check_device(options["device"])
+    machine, card = machine_of({**options, "device": device})
+    data, seq = None, options["seq"] or 1024
+    if options["data"] is not None:
+        architecture = architecture_of(options["model"], options)
+        data, seq = summarise(options["data"], architecture, options["seq"])
+    spec = Spec(
+        model=options["model"],
+        data=None if options["data"] is None else str(options["data"]),
+        vram_bytes=vram_bytes(options, machine),
+        reserve_bytes=gib_bytes("--reserve", options["reserve"]),
+        seq_len=seq,
+        effective_batch=options["batch"],
+        epochs=options["epochs"],
+        fixed=_fixed(options),
+        rank=options["rank"],
+        alpha=options["alpha"] if options["alpha"] is not None else 2 * options["rank"],
+        dropout=options["dropout"],
+        targets=_targets(options),
+        probe_budget_s=_seconds(options["budget"]),
+        objective=options["objective"],
+        device=device,
+        gpu=None if device != "none" or card is None else card.key,
+        trust_remote_code=options["trust_remote_code"],
+        seed=options["seed"],
+    )
+    return spec, data
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
+    try:
+        return float(number) * unit
+    except ValueError:
+        raise UsageError(
+            f"`--budget` must be a time such as 120s or 5m, but got {text!r}."
+        ) from None
+
+
+def config_of(options: dict[str, Any]) -> RunConfig:
+    """Return the configuration that `fit` is asked about."""
+
+    if options["config_file"] is not None:
+        try:
+            return RunConfig.from_json(json.loads(options["config_file"].read_text("utf-8")))
+        except FileNotFoundError:
+            raise MissingInputError(
+                f"`{options['config_file']}` must be a RunConfig, but it is not there."
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(
+                f"`{options['config_file']}` must be a RunConfig as JSON, but {error}."
+            ) from None
+    values = {
+        "trainer": "trl", "method": "qlora", "precision": "bf16", "optimizer": "adamw_torch_fused",
+        "checkpointing": "full", "attention": "sdpa", "kernels": "none", "compile": "off",
+        "allocator": "default", "micro_batch": 1, **_fixed(options),
+    }  # fmt: skip
+    fused = values["trainer"] == "trl" or values["kernels"] == "liger"
+    rank, alpha = options["rank"], options["alpha"]
+    shape = LoraShape(
+        r=rank,
+        alpha=2 * rank if alpha is None else alpha,
+        dropout=options["dropout"],
+        targets=_targets(options),
+    )
+    return RunConfig(
+        model=options["model"],
+        seq_len=options["seq"],
+        accumulation=options["accumulation"],
+        loss="fused" if fused else "full",
+        lora=None if values["method"] == "full" else shape,
+        **values,
+    )
+
+
+def training_device(made: Plan, *, ignore: bool) -> str:
+    """Return the device a plan is for, here; refuse a plan of another machine or stack."""
+
+    stack = detect_stack()
+    if made.stack != stack and not ignore:
+        changed = [
+            f"{name} {old or 'missing'} there, {getattr(stack, name) or 'missing'} here"
+            for name, old in made.stack.to_json().items()
+            if old != getattr(stack, name)
+        ]
+        raise StackError(
+            f"the plan was made with another stack ({'; '.join(changed)}): plan again, or give "
+            "--ignore-stack."
+        )
+    if made.machine.kind == "card":
+        device = check_device("auto")
+        if device == "none":
+            raise StackError(
+                f"the plan is for an {made.machine.name}, but no GPU is here; plan with --device "
+                "cpu."
+            )
+        return device
+    device = check_device(made.machine.kind)
+    if detect_machine(device) != made.machine and not ignore:
+        raise StackError(
+            f"the plan was made on another machine ({made.machine.name}): plan again, or give "
+            "--ignore-stack."
+        )
+    return device
