@@ -159,7 +159,7 @@ def _against_baseline(plan: Plan) -> str:
 
 
 def _candidates(title: str, candidates: Sequence[Candidate]) -> str:
-    from lora_advisor.advisor.planning import describe
+    from lora_advisor.advisor.probing import describe
 
     rows = [
         [
@@ -195,7 +195,7 @@ def memory_bars(memory: MemoryPrediction) -> str:
 
 def fit_text(answer: FitAnswer, *, where: str) -> str:
     """Write the answer to "will it fit?"."""
-    from lora_advisor.advisor.planning import describe
+    from lora_advisor.advisor.probing import describe
 
     memory = answer.prediction.memory
     words = {"fits": "yes", "does not fit": "no", "uncertain": "uncertain"}
