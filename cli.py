@@ -197,7 +197,10 @@ def plan(**options: Any) -> int:  # fmt: skip
     from lora_advisor.advisor.planning import make_plan
     from lora_advisor.advisor.report import plan_text
     from lora_advisor.probes.plan import plain_json, write_plan
+    from lora_advisor.probes.record import check_writable
 
+    if options["out"] is not None:
+        check_writable(options["out"])  # before the probes, whose result it is to hold
     spec, data = spec_of(options)
     record = options["record"] or cache_dir() / "probes.jsonl"
     made = make_plan(spec, record=record, data=data, say=_say, fresh=options["fresh"])

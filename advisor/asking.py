@@ -114,7 +114,7 @@ def spec_of(options: dict[str, Any]) -> tuple[Spec, DataSummary | None]:
 
     device = "none" if options["gpu"] is not None else check_device(options["device"])
     machine, card = machine_of({**options, "device": device})
-    data, seq = None, options["seq"] or 1024
+    data, seq = None, 1024 if options["seq"] is None else options["seq"]
     if options["data"] is not None:
         architecture = architecture_of(options["model"], options)
         data, seq = summarise(options["data"], architecture, options["seq"])
