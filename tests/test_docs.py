@@ -1,0 +1,75 @@
+"""The documents say what is so: links lead somewhere, commands exist, figures come from files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from lora_advisor.cli import group
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_to_a_file_leads_to_one(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", document.read_text("utf-8"))
+    missing = [
+        link
+        for link in links
+        if not link.startswith("http") and not (document.parent / link).exists()
+    ]
+
+    assert missing == []
+
+
+def test_the_readme_names_every_command_and_no_other() -> None:
+    named = set(re.findall(r"^\| `lora-advisor (\w+)", README, flags=re.MULTILINE))
+
+    assert named == set(group.commands)
+
+
+@pytest.mark.parametrize("name", sorted(group.commands))
+def test_every_command_and_option_has_help(name: str) -> None:
+    command = group.commands[name]
+
+    assert command.help
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+
+
+def test_the_readme_quotes_the_accuracy_of_the_results_file() -> None:
+    file = ROOT / "benchmarks/results/trace_accuracy.json"
+    figures = json.loads(file.read_text())["summary"]
+
+    for group_name in ("full", "off", "all"):
+        allocated = figures[f"allocated, checkpointing {group_name}"]
+        expected = f"{allocated['median_abs_percent']:.2f} %, {allocated['worst_percent']:+.1f} %"
+        assert expected in README
+    assert f"{figures['verdicts']['uncertain']} uncertain" in README
+
+
+def test_the_readme_quotes_the_recorded_plan() -> None:
+    file = ROOT / "benchmarks/results/plan_on_card_h100_2026-11-23.json"
+    figures = json.loads(file.read_text())
+
+    assert f"{figures['tokens_per_s']:,.0f} tokens/s" in README
+    assert f"{figures['times_the_baseline']:.1f} times" in README
+
+
+def test_the_readme_documents_the_exit_code_of_every_error() -> None:
+    from lora_advisor.probes import errors
+
+    codes = {
+        kind.exit_code
+        for kind in vars(errors).values()
+        if isinstance(kind, type) and issubclass(kind, errors.AdvisorError)
+    }
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
+
+    assert codes <= documented
