@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy
 import pytest
@@ -217,7 +218,7 @@ def test_what_is_allocated_stays_below_what_is_reserved_below_the_cap(
 ) -> None:
     random = numpy.random.default_rng(seed)
     allocator = CachingAllocator(cap_bytes=cap, expandable=expandable)
-    held = []
+    held: list[tuple[int, Any]] = []
     asked = 0
     for _ in range(2000):
         if held and random.random() < 0.5:
@@ -226,9 +227,9 @@ def test_what_is_allocated_stays_below_what_is_reserved_below_the_cap(
             asked -= size
         else:
             size = int(2 ** random.uniform(0, 25))
-            block = allocator.allocate(size)
-            if block is not None:
-                held.append((size, block))
+            made = allocator.allocate(size)
+            if made is not None:
+                held.append((size, made))
                 asked += size
         assert asked <= allocator.allocated <= allocator.reserved <= allocator.reserved_peak
         assert cap is None or allocator.reserved <= cap

@@ -276,7 +276,8 @@ def test_a_mixture_of_experts_holds_all_its_experts(model_type: str) -> None:
 
     architecture = tiny(model_type=model_type, num_hidden_layers=2, **EXPERTS[model_type])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(build_hf_config(architecture))
+        make: Any = AutoModelForCausalLM.from_config
+        model = make(build_hf_config(architecture))
     held = 2 * sum(parameter.numel() for parameter in model.parameters())
 
     memory = memory_of(trace_step(configure(), architecture))
