@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ class TraceStore:
         from joblib import Parallel, delayed
 
         made = Parallel(n_jobs=workers)(
-            delayed(trace_all_layers)(config, self.architecture) for config in missing
+            delayed(_trace_in_worker)(config, self.architecture) for config in missing
         )
         self.traces.update(zip(missing, made, strict=True))
 
@@ -98,6 +99,12 @@ class TraceStore:
         (low, first), (high, last) = known[0], known[-1]
         share = (config.micro_batch - low) / (high - low)
         return between(self.traces[first], self.traces[last], share=share)
+
+
+def _trace_in_worker(config: RunConfig, architecture: Architecture) -> Trace:
+    """Trace in another process, whose libraries shall be as quiet as they are here."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return trace_all_layers(config, architecture)
 
 
 def _traced_as(config: RunConfig) -> RunConfig:
