@@ -63,7 +63,7 @@ def cards() -> dict[str, Card]:
 
 
 def find_card(name: str) -> Card:
-    """Return a card by key or by the maker's name.
+    """Return a card by key or by the maker's name, or the first whose key begins with the name.
 
     Raises:
         UsageError: The table has no such card; the closest ones are named.
@@ -72,6 +72,13 @@ def find_card(name: str) -> Card:
     key = _simple(name)
     for card in table.values():
         if key in (_simple(card.key), _simple(card.name)):
+            return card
+    for card in table.values():
+        if key and not key.isdigit() and _simple(card.key).startswith(key):
+            return card
+    # As drivers write it: "Tesla T4", "NVIDIA H100 80GB HBM3".
+    for card in sorted(table.values(), key=lambda card: -len(card.key)):
+        if key.startswith(_simple(card.key)):
             return card
     close = difflib.get_close_matches(name.lower(), table, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else "see `lora-advisor doctor --cards`."
@@ -90,7 +97,9 @@ def card_of(machine: Machine) -> Card | None:
 
 
 def _simple(name: str) -> str:
-    text = name.lower().replace("nvidia", "").replace("geforce", "")
+    text = name.lower()
+    for maker in ("nvidia", "geforce", "tesla", "quadro"):
+        text = text.replace(maker, "")
     return "".join(letter for letter in text if letter.isalnum())
 
 

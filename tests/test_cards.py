@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from lora_advisor.probes import config
+from lora_advisor.probes.cards import find_card
+from lora_advisor.probes.errors import UsageError
 
 CARDS: dict[str, dict[str, Any]] = json.loads(
     Path(config.__file__).with_name("cards.json").read_text("utf-8")
@@ -47,3 +49,23 @@ def test_no_two_cards_share_a_name() -> None:
 
 def test_the_card_that_plans_fall_back_to_is_there() -> None:
     assert CARDS["rtx-4060"]["memory_gib"] == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("RTX 4060", "rtx-4060"),
+        ("h100", "h100-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb"),
+        ("Tesla T4", "t4"),
+        ("rtx-3060", "rtx-3060-12gb"),
+    ],
+)
+def test_a_card_is_found_by_the_names_people_and_drivers_use(name: str, key: str) -> None:
+    assert find_card(name).key == key
+
+
+@pytest.mark.parametrize("name", ["rtx-9999", "4060", ""])
+def test_a_name_that_no_card_has_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="must name a card of the table"):
+        find_card(name)
