@@ -278,7 +278,7 @@ def _process_as_it_was() -> Iterator[None]:
 
     import numpy
     import torch
-    from accelerate.state import ( # accelerate ships no types
+    from accelerate.state import (  # accelerate ships no types
         AcceleratorState,
         GradientState,
         PartialState,
