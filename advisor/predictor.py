@@ -12,11 +12,11 @@ from lora_advisor.models.throughput import Observation, ThroughputModel
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.events import Work
 from lora_advisor.probes.machine import GIB, Machine
 from lora_advisor.probes.plan import Candidate
 from lora_advisor.probes.prediction import Prediction
 from lora_advisor.probes.record import ProbeResult
-from lora_advisor.probes.trace import Work
 
 #: What Python and its libraries hold on a CPU before the model does: measured 0.6 GiB after the
 #: imports (facts of the packages) and what training adds; probes replace it.

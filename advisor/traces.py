@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from lora_advisor.models.memory import TracedMemory, traced_memory
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.events import Trace
 from lora_advisor.probes.extend import between, trace_all_layers
-from lora_advisor.probes.trace import Trace
 
 #: Processes that trace side by side; each holds 0.6 GiB.
 _WORKERS = 16

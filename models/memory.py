@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from lora_advisor.models.allocator import MIB, Replay, replay
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.events import Trace
 from lora_advisor.probes.prediction import MemoryPrediction
-from lora_advisor.probes.trace import Trace
 
 #: cuBLAS's workspace for each thread that multiplies (one for the forward, one for the backward
 #: pass): aten/src/ATen/cuda/CUDABlas.cpp, parseChosenWorkspaceSize: 4096 KiB x 8 on Hopper,

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.events import Work
 from lora_advisor.probes.prediction import Interval
-from lora_advisor.probes.trace import Work
 
 #: Share of the card's peak that the matrix products of a step reach, the small ones of the adapters
 #: among them, fitted together with the two below to 26 recorded steps of an H100 (median error

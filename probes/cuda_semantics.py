@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.events import Work
 
 if TYPE_CHECKING:
     import torch
-
-    from lora_advisor.probes.trace import Work
 
 
 def traced_config(config: RunConfig) -> RunConfig:
@@ -109,8 +108,6 @@ _VIEWS = (
 
 def _work(name: str, args: tuple[Any, ...], result: Any) -> Work:
     """Count one operation's floating-point operations, or the bytes it moves."""
-    from lora_advisor.probes.trace import Work
-
     space, short = name.split("::")[:2]
     if space in _NO_KERNELS or short == "t" or short.startswith(_VIEWS):
         return Work()
@@ -139,8 +136,6 @@ def _matmul_flops(short: str, args: tuple[Any, ...]) -> float:
 
 def _attention_work(short: str, args: tuple[Any, ...]) -> Work:
     """Four products forward (two, causal half) and five backward; FlashAttention-2, section 3.2."""
-    from lora_advisor.probes.trace import Work
-
     backward = "backward" in short
     query, key = (args[1], args[2]) if backward else (args[0], args[1])
     batch, heads, length, width = query.shape

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.trace import Event, Trace, Work, trace_step
+from lora_advisor.probes.events import Event, Trace, Work
+from lora_advisor.probes.trace import trace_step
 
 #: Groups of layers traced: the one repeated, one neighbour on each side to check that it repeats
 #: and to read off what passes between layers, and the first and the last, which are special.

@@ -11,8 +11,8 @@ import pytest
 
 from lora_advisor.probes.architectures import Architecture, from_hf_config
 from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.events import Trace
 from lora_advisor.probes.extend import trace_all_layers
-from lora_advisor.probes.trace import Trace
 
 H100_RUNS = Path(__file__).resolve().parents[2] / "shared" / "data" / "h100_runs.jsonl"
 

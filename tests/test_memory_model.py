@@ -14,7 +14,8 @@ from lora_advisor.models.memory import (
     context_of,
     traced_memory,
 )
-from lora_advisor.probes.trace import Trace, trace_step
+from lora_advisor.probes.events import Trace
+from lora_advisor.probes.trace import trace_step
 
 MIB, GIB = 2**20, 2**30
 ACCURACY = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "trace_accuracy.json"

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from lora_advisor.models.throughput import Observation, ThroughputModel
 from lora_advisor.probes.cards import find_card
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.trace import Work
+from lora_advisor.probes.events import Work
 
 #: What each timed run of an H100 took, and the work that a trace found in it.
 RECORDED = json.loads((Path(__file__).parent / "recordings" / "h100_work.json").read_text("utf-8"))[

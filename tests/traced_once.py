@@ -12,8 +12,8 @@ from recorded import TINY
 from lora_advisor.advisor import traces
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.events import Trace
 from lora_advisor.probes.extend import trace_all_layers
-from lora_advisor.probes.trace import Trace
 
 _MADE: dict[tuple[str, RunConfig], Trace] = {}
 
