@@ -47,9 +47,6 @@ class Cost:
     work: Callable[[Any], Work]
 
 
-_SYNC_ANSWERS: dict[str, object] = {"bool": True, "float": 1.0, "int": 1}
-
-
 def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Answer the operations whose result depends on values, which fake tensors have not.
 
