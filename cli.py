@@ -172,7 +172,7 @@ def _knob_options(command: F) -> F:
     "--objective",
     default="tokens_per_s",
     show_default=True,
-    help="tokens_per_s, joules_per_token or seq_len.",
+    help="tokens_per_s or joules_per_token (where it is measured).",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), default=None, help="Write the plan to this file."
@@ -336,7 +336,7 @@ def train(plan_file: Path, **options: Any) -> int:  # fmt: skip
         seed=options["seed"],
         resume=not options["restart"],
         predicted=Predicted(
-            tokens_per_s=made.chosen.tokens_per_s,
+            padded_tokens_per_s=made.chosen.tokens_per_s,
             peak_bytes=made.chosen.measured.process_bytes
             if made.chosen.measured is not None
             else made.chosen.prediction.memory.process_bytes,

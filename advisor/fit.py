@@ -65,7 +65,7 @@ def will_it_fit(config: RunConfig, predictor: Predictor) -> FitAnswer:
     if prediction.verdict != "fits":
         every = [_judge(name, changed, config, predictor) for name, changed in _mutations(config)]
         changes = [change for change in every if change.prediction.verdict == "fits"]
-        changes.sort(key=lambda change: (change.slower or 0.0, -change.saved_bytes))
+        changes.sort(key=_cost)
         if not changes:
             combined = _combine(config, predictor)
     return FitAnswer(
@@ -75,6 +75,11 @@ def will_it_fit(config: RunConfig, predictor: Predictor) -> FitAnswer:
         changes=tuple(changes),
         combined=combined,
     )
+
+
+def _cost(change: Change) -> tuple[bool, float, int]:
+    """Order changes: known cost first, the least first, then what saves most."""
+    return (change.slower is None, change.slower or 0.0, -change.saved_bytes)
 
 
 def _judge(name: str, changed: RunConfig, config: RunConfig, predictor: Predictor) -> Change:

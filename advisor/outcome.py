@@ -20,12 +20,12 @@ class Predicted:
     """What the plan promised; None is "unknown".
 
     Attributes:
-        tokens_per_s: Non-padding tokens per second.
+        padded_tokens_per_s: Tokens per second, padding included, as `Measured.padded_tokens_per_s`.
         peak_bytes: What the process holds at its peak, as `Measured.peak_bytes`.
         train_seconds: Time of all steps, evaluation and start left out.
     """
 
-    tokens_per_s: float | None = None
+    padded_tokens_per_s: float | None = None
     peak_bytes: int | None = None
     train_seconds: float | None = None
 

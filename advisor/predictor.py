@@ -118,7 +118,8 @@ class Predictor:
         memory = self.memory.predict(self._traced(config), config)
         verdict = self.memory.verdict(config, memory, self.limit_bytes)
         step = speed = None
-        if self.throughput is not None:
+        # The time that offloaded checkpoints take to go to the host and back is not modelled.
+        if self.throughput is not None and config.checkpointing != "offload":
             work = self.work(config)
             step = self.throughput.step(config, work)
             speed = self.throughput.tokens_per_s(config, work)

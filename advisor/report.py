@@ -170,7 +170,7 @@ def _candidates(title: str, candidates: Sequence[Candidate]) -> str:
         ]
         for c in candidates
     ]
-    return tabulate(rows, headers=[title, "tokens/s", "GiB", "why not"], tablefmt="simple")
+    return tabulate(rows, headers=[title, "tokens/s", "GiB", "why not"], disable_numparse=True)
 
 
 def _effort(plan: Plan) -> str:
@@ -190,7 +190,7 @@ def memory_bars(memory: MemoryPrediction) -> str:
         for name, size in parts
         if size > 0
     ]
-    return tabulate(rows, headers=["part", "GiB", ""], tablefmt="plain")
+    return tabulate(rows, headers=["part", "GiB", ""], tablefmt="plain", disable_numparse=True)
 
 
 def fit_text(answer: FitAnswer, *, where: str) -> str:
@@ -248,7 +248,7 @@ def training_text(result: TrainingResult) -> str:
     rows = [
         [
             "tokens/s, padding included",
-            _number(predicted.tokens_per_s if predicted else None).replace(
+            _number(predicted.padded_tokens_per_s if predicted else None).replace(
                 "not measured", "unknown"
             ),
             _number(measured.padded_tokens_per_s),

@@ -194,12 +194,10 @@ def score(candidate: Candidate, objective: str) -> float:
     speed = candidate.tokens_per_s
     plainness: int = sum(getattr(candidate.config, knob) == value for knob, value in _PLAIN.items())
     tie = 1 + _TIE * plainness / len(_PLAIN)
-    if objective == "seq_len":
-        return candidate.config.seq_len * tie
     if objective == "joules_per_token":
         measured = None if candidate.measured is None else candidate.measured.joules_per_token
-        if measured is not None:
-            return tie / measured
+        # What was not measured ranks below what was, the faster first.
+        return tie / measured if measured else -1 / (speed or candidate.config.tokens)
     return (speed if speed is not None else candidate.config.tokens) * tie
 
 

@@ -51,9 +51,10 @@ class Architecture:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return int(self.hf_config["num_hidden_layers"])
+    def num_layers(self) -> int | None:
+        """Number of decoder layers; None where the figures call it otherwise."""
+        layers = self.hf_config.get("num_hidden_layers")
+        return None if layers is None else int(layers)
 
 
 @cache

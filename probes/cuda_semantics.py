@@ -99,7 +99,6 @@ _NO_KERNELS = ("prim", "profiler")
 _VIEWS = (
     "view", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute",
     "detach", "alias", "as_strided", "split", "unbind", "_unsafe_view", "lift", "empty", "size",
-    "_to_copy.default.noop",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lora_advisor.probes.architectures import Architecture
+from lora_advisor.probes.architectures import Architecture, build_hf_config
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.events import Event, Trace, Work
 from lora_advisor.probes.trace import trace_step
@@ -26,6 +26,8 @@ _GROUPS = 5
 def trace_all_layers(config: RunConfig, architecture: Architecture) -> Trace:
     """Return the trace of the whole model, from few layers where they repeat."""
     total = architecture.num_layers
+    if total is None:
+        return trace_step(config, architecture)
     period = _period(config, architecture)
     few = _GROUPS * period + total % period
     if few + period > total or _takes_all_at_once(config):
@@ -43,17 +45,13 @@ def _takes_all_at_once(config: RunConfig) -> bool:
 def _period(config: RunConfig, architecture: Architecture) -> int:
     """After how many layers the pattern of attention and checkpointing repeats."""
     every = config.checkpoint_every or 1
-    kinds = architecture.hf_config.get("layer_types")
-    pattern = architecture.hf_config.get("sliding_window_pattern")
-    if isinstance(kinds, list) and len(set(kinds)) > 1:
-        pattern = next(
-            p
-            for p in range(1, len(kinds) + 1)
-            if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))
-        )
-    elif not isinstance(pattern, int):
-        pattern = 2 if architecture.hf_config["model_type"] == "gemma2" else 1
-    return math.lcm(every, max(1, pattern))
+    kinds = getattr(build_hf_config(architecture).get_text_config(), "layer_types", None) or [""]
+    pattern = next(
+        p
+        for p in range(1, len(kinds) + 1)
+        if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))
+    )
+    return math.lcm(every, pattern)
 
 
 @dataclass

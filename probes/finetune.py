@@ -298,7 +298,7 @@ def _quiet_deprecations() -> Iterator[None]:
         yield
 
 
-def placeholder_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
+def padding_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
     """Return a tokenizer for runs on random tokens, where only the padding token matters."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from tokenizers import Tokenizer, models

@@ -10,7 +10,7 @@ from typing import Any, Self
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import UsageError
 
-OBJECTIVES = ("tokens_per_s", "joules_per_token", "seq_len")
+OBJECTIVES = ("tokens_per_s", "joules_per_token")
 
 #: Fields of RunConfig that a user may fix. The others follow from the spec or from these.
 KNOBS = tuple(

@@ -27,7 +27,7 @@ from lora_advisor.probes.finetune import (
     Schedule,
     build_trainer,
     decoder_layers,
-    placeholder_tokenizer,
+    padding_tokenizer,
 )
 from lora_advisor.probes.weights import fill, skeleton, weights_dtype
 
@@ -85,7 +85,7 @@ def _trace(config: RunConfig, architecture: Architecture, layers: int | None) ->
             config,
             model,
             rows=[{"input_ids": [0, 0], "labels": [0, 0]}],
-            tokenizer=placeholder_tokenizer(vocab_size),
+            tokenizer=padding_tokenizer(vocab_size),
             schedule=Schedule(max_steps=2),
             device="cpu",
             callbacks=[_phase_callback(recorder)],

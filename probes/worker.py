@@ -142,7 +142,7 @@ def _trainer(request: Request, model: Any, watch: Stopwatch, output_dir: Path) -
     from transformers import TrainerCallback
 
     from lora_advisor.probes.dataset import random_rows
-    from lora_advisor.probes.finetune import Schedule, build_trainer, placeholder_tokenizer
+    from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
 
     class Timer(TrainerCallback):
         """Tells the stopwatch of each step."""
@@ -165,7 +165,7 @@ def _trainer(request: Request, model: Any, watch: Stopwatch, output_dir: Path) -
         rows=random_rows(
             steps * config.micro_batch * config.accumulation, config.seq_len, vocab_size
         ),
-        tokenizer=placeholder_tokenizer(vocab_size),
+        tokenizer=padding_tokenizer(vocab_size),
         schedule=Schedule(max_steps=steps, output_dir=str(output_dir)),
         device=request.device,
         callbacks=[Timer()],

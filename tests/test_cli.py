@@ -540,3 +540,24 @@ def test_the_version(run: Run) -> None:
 
     assert ran.code == 0
     assert metadata.version("lora-advisor") in ran.out
+
+
+def test_figures_that_name_their_layers_otherwise_are_traced_and_offload_has_no_speed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = {
+        "model": "gpt2", "method": "lora", "micro_batch": 1, "seq_len": 64,
+        "optimizer": "adamw_torch_fused", "precision": "bf16", "checkpointing": "offload",
+        "attention": "sdpa", "kernels": "none", "loss": "fused", "compile": "off",
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.0, "targets": "all-linear"},
+        "allocator": "default",
+        "hf_config": {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2,
+                      "vocab_size": 100, "n_positions": 64},
+    }  # fmt: skip
+    (tmp_path / "cases.jsonl").write_text(json.dumps(case))
+
+    assert main(["predict", str(tmp_path / "cases.jsonl"), "--gpu", "rtx-4060"]) == 0
+
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["memory"]["allocated_bytes"] > 0
+    assert answer["throughput"] is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_advisor.models.memory import traced_memory
+from lora_advisor.models.memory import context_of, traced_memory
 from lora_advisor.probes.architectures import from_hf_config
 from lora_advisor.probes.extend import trace_all_layers
 from lora_advisor.probes.record import ProbeResult, read_records
@@ -52,3 +52,9 @@ def test_the_published_speed_is_that_of_the_fastest_record() -> None:
 
     fastest = max(r.tokens_per_s for r in RECORDS if r.tokens_per_s is not None)
     assert published["tokens_per_s"] == pytest.approx(fastest)
+
+
+def test_the_context_of_an_h100_is_the_largest_recorded_one() -> None:
+    measured = {result.context_bytes for result in RECORDS if result.context_bytes is not None}
+
+    assert max(measured) == context_of("9.0").upper_bytes

@@ -186,6 +186,7 @@ def test_a_bundled_architecture_is_traced(name: str) -> None:
     if name == "gemma-3-1b":  # its pattern of six layers leaves nothing to extend
         layers, trace = 6, trace_step(config, architecture, layers=6)
     else:
+        assert architecture.num_layers is not None
         layers, trace = architecture.num_layers, trace_all_layers(config, architecture)
 
     # At least: every linear weight in 4 bits, the embedding in 16.

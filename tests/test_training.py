@@ -123,7 +123,7 @@ def test_training_lowers_the_loss_and_leaves_an_adapter(
     tmp_path: Path, tiny: Path, changes: dict[str, Any]
 ) -> None:
     reports: list[Progress] = []
-    promised = Predicted(tokens_per_s=1000.0, peak_bytes=2**30, train_seconds=3.0)
+    promised = Predicted(padded_tokens_per_s=1000.0, peak_bytes=2**30, train_seconds=3.0)
     result = run(
         config_of(tiny, **changes),
         tiny / "rows.jsonl",
