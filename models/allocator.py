@@ -109,7 +109,7 @@ class CachingAllocator:
             block = self._grow(pool, size)
         if block is None:
             self.retries += 1
-            self._release_cached()
+            self.empty_cache()
             block = self._grow(pool, size)
             if block is None:
                 return None
@@ -196,7 +196,7 @@ class CachingAllocator:
             block.pool.tail = remainder
         block.pool.add(remainder)
 
-    def _release_cached(self) -> None:
+    def empty_cache(self) -> None:
         """Give back every segment that is free as a whole (expanding ones: their free end)."""
         for pool in (self._small, self._large):
             for block in list(pool.blocks.values()):
@@ -229,7 +229,8 @@ def replay(
     """Run events through the allocator.
 
     Args:
-        events: (block, bytes, phase); bytes are negative where the block is released.
+        events: (block, bytes, phase); bytes are negative where the block is released, and 0 where
+            the cache is given back.
         cap_bytes: As for CachingAllocator.
         expandable: As for CachingAllocator.
     """
@@ -240,6 +241,9 @@ def replay(
     for index, (number, size, phase) in enumerate(events):
         if size < 0:
             allocator.release(held.pop(number))
+            continue
+        if size == 0:
+            allocator.empty_cache()
             continue
         block = allocator.allocate(size)
         if block is None:

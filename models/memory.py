@@ -14,14 +14,6 @@ from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.events import Trace
 from lora_advisor.probes.prediction import MemoryPrediction
 
-#: cuBLAS's workspace for each thread that multiplies (one for the forward, one for the backward
-#: pass): aten/src/ATen/cuda/CUDABlas.cpp, parseChosenWorkspaceSize: 4096 KiB x 8 on Hopper,
-#: 4096 KiB x 2 + 16 KiB x 8 elsewhere.
-_HOPPER_WORKSPACE = 8 * 4096 * 1024
-_WORKSPACE = 2 * 4096 * 1024 + 8 * 16 * 1024
-#: cuBLASLt's own: aten/src/ATen/cuda/CUDABlas.cpp, _getWorkspaceSize, 1 MiB.
-_LT_WORKSPACE = MIB
-
 #: CUDA context by compute capability, measured: H100 after its last step, the largest in
 #: tests/recordings (84 MiB less in two runs that ran out of memory), T4 by fitcheck-llm 0.3.1.
 #: Others are assumed, and the bound says so.
@@ -119,17 +111,9 @@ def traced_memory(
     )
 
 
-def device_events(trace: Trace, capability: str | None) -> list[tuple[int, int, str]]:
-    """Return the trace's events with the workspaces that cuBLAS takes at its first products."""
-    size = _HOPPER_WORKSPACE if (capability or "").startswith("9.") else _WORKSPACE
-    events: list[tuple[int, int, str]] = []
-    waiting = {"forward": (-1, size + _LT_WORKSPACE), "backward": (-2, size)}
-    for event in trace.events:
-        if event.phase in waiting:
-            block, workspace = waiting.pop(event.phase)
-            events.append((block, workspace, event.phase))
-        events.append((event.block, event.size, event.phase))
-    return events
+def device_events(trace: Trace, capability: str | None = None) -> list[tuple[int, int, str]]:
+    """Return the trace's events as the allocator's replay takes them."""
+    return [(event.block, event.size, event.phase) for event in trace.events]
 
 
 @dataclass(frozen=True)
@@ -257,7 +241,7 @@ def components(trace: Trace, events: list[tuple[int, int, str]], result: Replay)
     for index, (block, size, phase) in enumerate(events):
         if size > 0:
             lives[block] = _Life(size, phase, index)
-        else:
+        elif size < 0:
             lives[block].died, lives[block].died_at = phase, index
     totals: dict[str, int] = {}
     for block, life in lives.items():
@@ -269,8 +253,6 @@ def components(trace: Trace, events: list[tuple[int, int, str]], result: Replay)
 
 
 def _owner(block: int, life: _Life, owners: Mapping[int, str]) -> str:
-    if block < 0:
-        return "workspace"
     if block in owners:
         return owners[block]
     if life.born == "backward" and life.died == "optimizer":

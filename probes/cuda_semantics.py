@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from lora_advisor.probes.attention_semantics import attention_patch
+from lora_advisor.probes.autocast_semantics import cuda_autocast
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.events import Work
 
 if TYPE_CHECKING:
     import torch
@@ -32,19 +32,6 @@ def traced_config(config: RunConfig) -> RunConfig:
     if config.attention == "flash_attention_2":
         changes["attention"] = "sdpa"
     return config.replace(**changes)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one operation needs beyond its outputs.
-
-    Attributes:
-        temporaries: Bytes of each block that lives only while the operation runs.
-        work: Given the result, the work of the operation.
-    """
-
-    temporaries: tuple[int, ...]
-    work: Callable[[Any], Work]
 
 
 def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -72,79 +59,37 @@ def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return NotImplemented
 
 
-def describe(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
-    """Return what an operation needs on CUDA beyond its outputs."""
-    name = func.name() if hasattr(func, "name") else str(func)
-    temporaries: tuple[int, ...] = ()
-    if name.startswith("bitsandbytes::gemm_4bit"):
-        temporaries = _gemm_4bit_temporaries(args, kwargs)
-    return Cost(temporaries, lambda result: _work(name, args, result))
+#: References to a gradient that nobody but autograd's buffer holds, as a dispatch mode sees it: the
+#: buffer's, those of the call on its way here, and the Python object's; of its storage, one more
+#: for the Python object that asks.
+_SOLE_TENSOR, _SOLE_STORAGE = 4, 2
 
 
-def _gemm_4bit_temporaries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """bitsandbytes/backends/cuda/ops.py: above 1536 rows the weight is dequantised for F.linear."""
-    a, _, shape = args[:3]
-    rows = a.numel() // a.shape[-1]
-    if rows <= 1536:
-        return ()
-    weight = math.prod(shape) * a.element_size()
-    nested = kwargs.get("absmax_8bit")
-    if nested is None:
-        return (weight,)
-    return (nested.numel() * 4, nested.numel() * 4, weight)
+def writes_in_place(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the backward pass writes this result into its first argument.
 
+    Autograd sums the gradients of a tensor used twice in place where nobody else holds the first
+    (torch/csrc/autograd/input_buffer.cpp, `can_accumulate_inplace`), and fills the gradient of an
+    indexed tensor in place (FunctionsManual.cpp, `index_backward`), but never for a subclass of
+    Tensor, which a fake tensor is.
+    """
+    import torch
 
-#: Questions and notes that a dispatch mode sees beside the operations.
-_NO_KERNELS = ("prim", "profiler")
-_VIEWS = (
-    "view", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute",
-    "detach", "alias", "as_strided", "split", "unbind", "_unsafe_view", "lift", "empty", "size",
-)  # fmt: skip
-
-
-def _work(name: str, args: tuple[Any, ...], result: Any) -> Work:
-    """Count one operation's floating-point operations, or the bytes it moves."""
-    space, short = name.split("::")[:2]
-    if space in _NO_KERNELS or short == "t" or short.startswith(_VIEWS):
-        return Work()
-    if short.startswith(("mm", "addmm", "bmm", "baddbmm", "linear")):
-        return Work(launches=1, matmul_flops=_matmul_flops(short, args))
-    if "gemm_4bit" in short:
-        rows = args[0].numel() // args[0].shape[-1]
-        weight = math.prod(args[2])
-        # Reads half a byte, writes and reads back the dequantised value.
-        moved = weight * (0.5 + 2 * args[0].element_size())
-        return Work(launches=4, matmul_flops=2.0 * rows * weight, bytes_moved=moved)
-    if "dequantize_4bit" in short:
-        return Work(launches=1, bytes_moved=_bytes(args) + _bytes(result))
-    if "scaled_dot_product" in short:
-        return _attention_work(short, args)
-    return Work(launches=1, bytes_moved=_bytes(args) + _bytes(result))
-
-
-def _matmul_flops(short: str, args: tuple[Any, ...]) -> float:
-    tensors = [arg for arg in args if hasattr(arg, "shape") and arg.dim() >= 2]
-    if short.startswith(("addmm", "baddbmm")):
-        tensors = tensors[-2:]
-    left, right = tensors[0], tensors[1]
-    return float(2 * left.numel() * right.shape[-1])
-
-
-def _attention_work(short: str, args: tuple[Any, ...]) -> Work:
-    """Four products forward (two, causal half) and five backward; FlashAttention-2, section 3.2."""
-    backward = "backward" in short
-    query, key = (args[1], args[2]) if backward else (args[0], args[1])
-    batch, heads, length, width = query.shape
-    product = 2.0 * batch * heads * length * key.shape[2] * width / 2  # causal: half the scores
-    return Work(launches=4 if backward else 1, attention_flops=product * (5 if backward else 2))
-
-
-def _bytes(value: Any) -> float:
-    if hasattr(value, "element_size"):
-        return float(value.numel() * value.element_size())
-    if isinstance(value, list | tuple):
-        return sum(_bytes(part) for part in value)
-    return 0.0
+    if torch.is_grad_enabled():
+        return False
+    if func is torch.ops.aten.index_put.default:
+        return True
+    if func is not torch.ops.aten.add.Tensor:
+        return False
+    held, more = args[0], args[1]
+    return (
+        isinstance(more, torch.Tensor)
+        and held.shape == more.shape
+        and held.dtype == more.dtype
+        and held._use_count() == _SOLE_TENSOR
+        and torch._C._storage_Use_Count(held.untyped_storage()._cdata) == _SOLE_STORAGE
+        and held.untyped_storage().nbytes() == held.numel() * held.element_size()
+    )
 
 
 def fake_quantise(layer: Any, values: torch.Tensor) -> None:
@@ -189,8 +134,17 @@ def fake_quantise(layer: Any, values: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def cuda_semantics(config: RunConfig, model: Any) -> Iterator[None]:
-    """Put CUDA's behaviour in place of the CPU's while a step of `model` is traced."""
+def cuda_semantics(
+    config: RunConfig, model: Any, capability: str | None, empty_cache: Callable[[], None]
+) -> Iterator[None]:
+    """Put CUDA's behaviour in place of the CPU's while a step of `model` is traced.
+
+    Args:
+        config: What is traced.
+        model: The model it runs.
+        capability: Of the card.
+        empty_cache: Called where the step gives the allocator's cache back to the driver.
+    """
     import torch
     from transformers import masking_utils, modeling_utils
 
@@ -208,8 +162,13 @@ def cuda_semantics(config: RunConfig, model: Any) -> Iterator[None]:
         if config.trainer == "trl":
             for patch in _trl_patches():
                 replace(patch)
-        for patch in _optimizer_patches() + _autocast_patches():
+        for patch in _optimizer_patches():
             replace(patch)
+        replace(cuda_autocast())
+        replace(attention_patch(capability))
+        if config.fp32_upcast:
+            replace(mock.patch.object(torch.cuda, "is_available", _within_peft))
+            replace(mock.patch.object(torch.cuda, "empty_cache", empty_cache))
         if config.checkpointing == "offload":
             replace(mock.patch.object(modeling_utils, "save_on_cpu", _save_on_host))
         if config.kernels == "liger":
@@ -238,6 +197,12 @@ def _apply(module: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = Tr
     return module
 
 
+def _within_peft() -> bool:
+    """Say that there is a GPU to peft's preparation of 4-bit models, which then empties the cache."""
+    caller = sys._getframe(2 if sys._getframe(1).f_code.co_name == "__call__" else 1)
+    return caller.f_code.co_name == "prepare_model_for_kbit_training"
+
+
 def _save_on_host(pin_memory: bool = False, device_type: str = "cuda") -> Any:
     """Offloaded checkpoints: what is saved leaves the device and comes back when asked for."""
     import torch
@@ -249,21 +214,6 @@ def _save_on_host(pin_memory: bool = False, device_type: str = "cuda") -> Any:
         return torch.empty(held.shape, dtype=held.dtype, device="cpu")
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
-
-
-def _autocast_patches() -> list[Any]:
-    """Questions about autocast that name no device mean CUDA (peft asks so before it casts)."""
-    import torch
-
-    is_enabled = torch.is_autocast_enabled
-
-    def enabled(device_type: str = "cpu") -> bool:
-        return bool(is_enabled(device_type))
-
-    return [
-        mock.patch.object(torch, "is_autocast_enabled", enabled),
-        mock.patch.object(torch, "get_autocast_gpu_dtype", lambda: torch.get_autocast_dtype("cpu")),
-    ]
 
 
 def _liger_patches(model: Any) -> list[Any]:

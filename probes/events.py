@@ -10,10 +10,10 @@ PHASES = ("load", "forward", "backward", "optimizer")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One allocation or release.
+    """One allocation or release; with size 0, the allocator's cache is given back.
 
     Attributes:
-        block: Number of the storage; a release carries the number of its allocation.
+        block: Number of the storage, from 1; a release carries the number of its allocation.
         size: Bytes asked for; negative for a release.
         phase: One of PHASES.
         layer: Decoder layer whose forward or backward pass runs; -1 outside of them.
@@ -71,6 +71,8 @@ class Trace:
         work: Work of the last step by phase and decoder layer (-1 outside of them).
         trainable: Number of trained parameters.
         layer_trainable: Those of each decoder layer.
+        layer_loaded: Bytes of the first block, which is reserved for all weights, that are each
+            decoder layer's.
     """
 
     events: tuple[Event, ...]
@@ -79,6 +81,7 @@ class Trace:
     work: Mapping[tuple[str, int], Work]
     trainable: int
     layer_trainable: tuple[int, ...]
+    layer_loaded: tuple[int, ...]
 
     def total_work(self) -> Work:
         """Return the work of one step."""

@@ -8,6 +8,7 @@ inner layers turn out not to repeat, the caller traces all of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -21,20 +22,30 @@ from lora_advisor.probes.trace import trace_step
 #: Groups of layers traced: the one repeated, one neighbour on each side to check that it repeats
 #: and to read off what passes between layers, and the first and the last, which are special.
 _GROUPS = 5
+#: The first block of a trace, reserved for all weights before the first is loaded.
+_RESERVED = 1
 
 
-def trace_all_layers(config: RunConfig, architecture: Architecture) -> Trace:
-    """Return the trace of the whole model, from few layers where they repeat."""
+def trace_all_layers(
+    config: RunConfig, architecture: Architecture, *, capability: str | None = None
+) -> Trace:
+    """Return the trace of the whole model, from few layers where they repeat.
+
+    Args:
+        config: What to trace.
+        architecture: The model's figures.
+        capability: Compute capability of the card; None for a current one.
+    """
     total = architecture.num_layers
-    if total is None:
-        return trace_step(config, architecture)
-    period = _period(config, architecture)
-    few = _GROUPS * period + total % period
-    if few + period > total or _takes_all_at_once(config):
-        return trace_step(config, architecture)
-    trace = trace_step(config, architecture, layers=few)
-    extended = _extend(trace, period=period, copies=(total - few) // period)
-    return extended if extended is not None else trace_step(config, architecture)
+    if total is not None:
+        period = _period(config, architecture)
+        few = _GROUPS * period + total % period
+        if few + period <= total and not _takes_all_at_once(config):
+            trace = trace_step(config, architecture, layers=few, capability=capability)
+            extended = _extend(trace, period=period, copies=(total - few) // period)
+            if extended is not None:
+                return extended
+    return trace_step(config, architecture, capability=capability)
 
 
 def _takes_all_at_once(config: RunConfig) -> bool:
@@ -118,6 +129,8 @@ class _Copier:
         self.layer_of: dict[int, int] = {}
         self.nth = {place: block for block, place in runs.born.items()}
         self.home = self.homes()
+        inner = trace.layer_loaded[middle * period : (middle + 1) * period]
+        self.reserved_more = copies * sum(inner)
 
     def template(self, group: int) -> int:
         if group <= self.middle:
@@ -153,6 +166,7 @@ class _Copier:
             work=self.work(),
             trainable=self.trainable(),
             layer_trainable=(),
+            layer_loaded=(),
         )
 
     def trainable(self) -> int:
@@ -170,16 +184,27 @@ class _Copier:
             if born[2] < 0:
                 self.emit(event, event.block, group)
                 continue
+            if (born[2] - self.middle) * (key[2] - self.middle) < 0:
+                # From one end of the model to the other: a gradient that all layers add to.
+                self.emit(event, event.block, self.groups_of(born[2])[0])
+                continue
             source = group + born[2] - key[2]  # the same distance between groups as in the template
             twin = self.nth.get(((born[0], born[1], self.template(source)), index))
             self.emit(event, event.block if twin is None else twin, source)
 
     def write_between(self, key: tuple[int, str, int]) -> None:
-        """Write what happens outside the layers, for every copy of what belongs to one."""
-        for event in self.runs.events[key]:
-            group = self.home.get(event.block, -1)
+        """Write what happens outside the layers, for every copy of what belongs to one.
+
+        What belongs to one layer and follows one another (its weights, when they are loaded) is
+        written layer by layer, as the long model does it.
+        """
+        for group, events in itertools.groupby(
+            self.runs.events[key], lambda event: self.home.get(event.block, -1)
+        ):
+            together = list(events)
             for long in [-1] if group < 0 else self.groups_of(group):
-                self.emit(event, event.block, long)
+                for event in together:
+                    self.emit(event, event.block, long)
 
     def homes(self) -> dict[int, int]:
         """Return the group of each block that belongs to one.
@@ -199,8 +224,11 @@ class _Copier:
         return home
 
     def emit(self, event: Event, block: int, group: int) -> None:
-        number = self.number(block, group)
-        self.events.append(Event(number, event.size, event.phase, event.layer))
+        number = self.number(block, group) if event.size else 0
+        size = event.size
+        if block == _RESERVED:
+            size += self.reserved_more if size > 0 else -self.reserved_more
+        self.events.append(Event(number, size, event.phase, event.layer))
         if block in self.trace.owners and event.size > 0:
             self.owners[number] = self.trace.owners[block]
             if group >= 0:
@@ -255,6 +283,7 @@ def between(low: Trace, high: Trace, *, share: float) -> Trace | None:
         work=work,
         trainable=low.trainable,
         layer_trainable=low.layer_trainable,
+        layer_loaded=low.layer_loaded,
     )
 
 

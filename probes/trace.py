@@ -29,14 +29,18 @@ from lora_advisor.probes.finetune import (
     decoder_layers,
     padding_tokenizer,
 )
-from lora_advisor.probes.weights import fill, skeleton, weights_dtype
+from lora_advisor.probes.weights import fill, loaded_bytes, skeleton, weights_dtype
 
 if TYPE_CHECKING:
     import torch
 
 
 def trace_step(
-    config: RunConfig, architecture: Architecture, *, layers: int | None = None
+    config: RunConfig,
+    architecture: Architecture,
+    *,
+    layers: int | None = None,
+    capability: str | None = None,
 ) -> Trace:
     """Trace two steps of a configuration, each of one micro-batch.
 
@@ -48,6 +52,8 @@ def trace_step(
         config: What to trace.
         architecture: The model's figures.
         layers: Trace with only this many decoder layers; None for all.
+        capability: Of the card, which decides attention kernels and workspaces; None for a current
+            one.
 
     Raises:
         UsageError: The configuration belongs to another engine.
@@ -61,25 +67,28 @@ def trace_step(
     gc.freeze()
     try:
         with _process_as_it_was():
-            return _trace(config, architecture, layers)
+            return _trace(config, architecture, layers, capability)
     finally:
         gc.collect()
         gc.unfreeze()
 
 
-def _trace(config: RunConfig, architecture: Architecture, layers: int | None) -> Trace:
+def _trace(
+    config: RunConfig, architecture: Architecture, layers: int | None, capability: str | None
+) -> Trace:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import PrinterCallback
 
-    from lora_advisor.probes.cuda_semantics import cuda_semantics, fake_quantise, traced_config
+    from lora_advisor.probes.cuda_semantics import fake_quantise, traced_config
 
     gradients_stay = config.accumulation > 1
     config = traced_config(config).replace(accumulation=1)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = Recorder()
+    recorder = Recorder(capability)
     model = skeleton(config, architecture, "cpu", layers=layers)
-    with _quiet(), fake_mode, cuda_semantics(config, model), recorder:
-        fill(model, weights_dtype(config), "cpu", fake_quantise)
+    with _quiet(), fake_mode, _semantics(config, model, recorder), recorder:
+        loaded = tuple(loaded_bytes(model, layer) for layer in decoder_layers(model))
+        fill(model, weights_dtype(config), "cpu", fake_quantise, on_gpu=True)
         vocab_size = model.config.get_text_config().vocab_size
         trainer: Any = build_trainer(
             config,
@@ -99,9 +108,15 @@ def _trace(config: RunConfig, architecture: Architecture, layers: int | None) ->
         _mark_backward(trainer, recorder)
         _mark_layers(trainer, recorder)
         trainer.train()
-        traced = recorder.result(trainer)
+        traced = recorder.result(trainer, loaded)
         recorder.closed = True
         return traced
+
+
+def _semantics(config: RunConfig, model: Any, recorder: Recorder) -> Any:
+    from lora_advisor.probes.cuda_semantics import cuda_semantics
+
+    return cuda_semantics(config, model, recorder.capability, recorder.empty_cache)
 
 
 class _FakeLoader:
@@ -246,9 +261,10 @@ def _dispatch_mode() -> type:
 class Recorder(_dispatch_mode()):  # type: ignore[misc]
     """Notes each storage when it first appears and when it dies, and the work of each operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: str | None) -> None:
         """Start in the loading phase with nothing recorded."""
         super().__init__()
+        self.capability = capability
         self.events: list[Event] = []
         self.work: dict[tuple[str, int], Work] = {}
         self.phase = "load"
@@ -256,6 +272,8 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         self.closed = False
         self._known: dict[int, int] = {}  # storage's address -> block
         self._count = 0
+        self._multiplied: set[str] = set()  # phases whose thread has its workspaces
+        self._workspaces: list[int] = []
 
     def __torch_dispatch__(
         self,
@@ -265,14 +283,20 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operation and note what it allocates."""
-        from lora_advisor.probes.cuda_semantics import answer, describe
+        from lora_advisor.probes.cuda_semantics import answer, writes_in_place
+        from lora_advisor.probes.kernel_costs import describe
 
         kwargs = kwargs or {}
-        cost = describe(func, args, kwargs)
+        cost = describe(func, args, kwargs, self.capability)
         result = answer(func, args, kwargs)
+        if self.phase == "backward" and writes_in_place(func, args):
+            result = args[0]
         if result is NotImplemented:
             temporaries = [self.allocate(size) for size in cost.temporaries]
+            if cost.multiplies:
+                self._take_workspaces()
             result = func(*args, **kwargs)
+            self._note(result)
             for block in temporaries:
                 self.release(block)
         place = (self.phase, self.layer)
@@ -290,6 +314,19 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         """Note the release of an allocation."""
         if not self.closed:
             self.events.append(Event(block[0], -block[1], self.phase, self.layer))
+
+    def empty_cache(self) -> None:
+        """Note that the allocator's free segments go back to the driver."""
+        self.events.append(Event(0, 0, self.phase, self.layer))
+
+    def _take_workspaces(self) -> None:
+        """Note the workspaces of the thread that runs this phase, at its first product."""
+        from lora_advisor.probes.kernel_costs import library_workspaces
+
+        if self.phase in ("forward", "backward") and self.phase not in self._multiplied:
+            self._multiplied.add(self.phase)
+            for size in library_workspaces(self.capability):
+                self._workspaces.append(self.allocate(size)[0])
 
     def _note(self, result: Any) -> None:
         import torch
@@ -312,9 +349,14 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         self._known.pop(key, None)
         self.release(block)
 
-    def result(self, trainer: Any) -> Trace:
-        """Return what was recorded, with the owners of the blocks that the trainer still holds."""
-        owners: dict[int, str] = {}
+    def result(self, trainer: Any, loaded: tuple[int, ...]) -> Trace:
+        """Return what was recorded, with the owners of the blocks that the trainer still holds.
+
+        Args:
+            trainer: After its training.
+            loaded: Bytes reserved for each decoder layer before it was loaded.
+        """
+        owners: dict[int, str] = dict.fromkeys(self._workspaces, "workspace")
         layer_of: dict[int, int] = {}
         layers = decoder_layers(trainer.model)
         place = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
@@ -343,6 +385,7 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
             work=dict(self.work),
             trainable=_trainable(trainer.model),
             layer_trainable=tuple(_trainable(layer) for layer in layers),
+            layer_loaded=loaded,
         )
 
 

@@ -85,7 +85,7 @@ def random_model(
 ) -> PreTrainedModel:
     """Return the model with random weights on `device`."""
     model = skeleton(config, architecture, device)
-    fill(model, weights_dtype(config), device, quantise)
+    fill(model, weights_dtype(config), device, quantise, on_gpu=device == "cuda")
     return model
 
 
@@ -137,36 +137,72 @@ def _require_attention(config: RunConfig, architecture: Architecture) -> None:
         )
 
 
-def fill(model: Any, dtype: torch.dtype, device: str, quantise: Quantise) -> None:
-    """Give every parameter and buffer of a meta model storage on `device` and values."""
+def fill(
+    model: Any, dtype: torch.dtype, device: str, quantise: Quantise, *, on_gpu: bool = False
+) -> None:
+    """Give every parameter and buffer of a meta model storage on `device` and values.
+
+    The allocations are those of `from_pretrained` (transformers/core_model_loading.py): one block
+    of the size of all weights first, where they go to a GPU, which is free again before the first
+    (modeling_utils.py, `caching_allocator_warmup`); then the weights in the order of their names.
+
+    Args:
+        model: The model.
+        dtype: Of the values that are quantised, and of their biases.
+        device: Where the storages are made.
+        quantise: Quantises a layer.
+        on_gpu: Whether `device` is a GPU, or stands for one.
+    """
     import torch
+    from transformers.core_model_loading import dot_natural_key
 
     quantised = quantised_layers(model)
+    if on_gpu:
+        torch.empty(loaded_bytes(model, model) // 2, dtype=torch.float16, device=device)
     made: dict[int, torch.nn.Parameter] = {}  # tied parameters are one object under two names
+    # A tied head is not stored, so the embeddings' name is the one that counts.
+    order = {id(p): dot_natural_key(name) for name, p in model.named_parameters()}
+    places = [
+        (order[id(old)], module, name, old)
+        for module in model.modules()
+        for name, old in module._parameters.items()
+        if old is not None and old.device.type == "meta"
+    ]
+    for _, module, name, old in sorted(places, key=lambda place: place[0]):
+        if module in quantised and name == "weight":
+            values = torch.empty(
+                module.out_features, module.in_features, dtype=dtype, device=device
+            )
+            quantise(module, values.normal_(0.0, 0.02))
+            del values
+            continue
+        if id(old) not in made:
+            kind = dtype if module in quantised else old.dtype
+            made[id(old)] = torch.nn.Parameter(
+                torch.empty(old.shape, dtype=kind, device=device), requires_grad=old.requires_grad
+            )
+        module._parameters[name] = made[id(old)]
     for module in model.modules():
-        for name, old in list(module._parameters.items()):
-            if old is None or old.device.type != "meta":
-                continue
-            if module in quantised and name == "weight":
-                values = torch.empty(
-                    module.out_features, module.in_features, dtype=dtype, device=device
-                )
-                quantise(module, values.normal_(0.0, 0.02))
-                continue
-            if id(old) not in made:
-                kind = dtype if module in quantised else old.dtype
-                values = torch.empty(old.shape, dtype=kind, device=device)
-                made[id(old)] = torch.nn.Parameter(values, requires_grad=old.requires_grad)
-            module._parameters[name] = made[id(old)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.device.type == "meta":
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-    for module in model.modules():
         module._is_hf_initialized = module in quantised
         if module in quantised and module.bias is not None:
             torch.nn.init.zeros_(module.bias)
     model.initialize_weights()
     keep_trainable(model)
+
+
+def loaded_bytes(model: Any, part: Any) -> int:
+    """Return the bytes that transformers reserves for a part's weights before it loads them.
+
+    The sum of modeling_utils.py, `get_total_byte_count`: a 4-bit weight counts half a byte.
+    """
+    packed = {id(layer.weight) for layer in quantised_layers(model)}
+    return sum(
+        p.numel() // 2 if id(p) in packed else p.numel() * p.element_size()
+        for p in part.parameters()
+    )
 
 
 def quantised_layers(model: Any) -> set[Any]:

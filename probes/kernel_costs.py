@@ -1,0 +1,141 @@
+"""What one operation costs on CUDA beyond its outputs: blocks it holds while it runs, and its work.
+
+Versions: PyTorch 2.11 to 2.13, bitsandbytes 0.50.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lora_advisor.probes.attention_semantics import backward_workspace, generation, kernel_of
+from lora_advisor.probes.events import Work
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one operation needs beyond its outputs.
+
+    Attributes:
+        temporaries: Bytes of each block that lives only while the operation runs.
+        multiplies: Whether it calls cuBLAS.
+        work: Given the result, the work of the operation.
+    """
+
+    temporaries: tuple[int, ...]
+    multiplies: bool
+    work: Callable[[Any], Work]
+
+
+def describe(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], capability: str | None
+) -> Cost:
+    """Return what an operation needs on a card of this capability."""
+    name = func.name() if hasattr(func, "name") else str(func)
+    temporaries: tuple[int, ...] = ()
+    if "gemm_4bit" in name:
+        temporaries = _gemm_4bit_temporaries(args, kwargs)
+    elif "scaled_dot_product" in name and "backward" in name:
+        temporaries = _attention_temporaries(args, kwargs, capability)
+    multiplies = bool(temporaries) if "gemm_4bit" in name else _multiplies(name)
+    return Cost(temporaries, multiplies, lambda result: _work(name, args, result))
+
+
+def library_workspaces(capability: str | None) -> tuple[int, ...]:
+    """Return the bytes that cuBLAS and cuBLASLt take for each thread that multiplies.
+
+    aten/src/ATen/cuda/CUDABlas.cpp, parseChosenWorkspaceSize: 4096 KiB x 8 on Hopper and data
+    centre Blackwell, 4096 KiB x 2 + 16 KiB x 8 elsewhere; _getWorkspaceSize: 1 MiB.
+    """
+    large = generation(capability)[0] in (9, 10)
+    return (8 * 4 * MIB if large else 2 * 4 * MIB + 8 * 16 * 1024, MIB)
+
+
+#: Up to this many rows bitsandbytes multiplies with packed weights (backends/cuda/ops.py,
+#: `_gemm_4bit_use_custom_cuda`: its largest bound for weights of 4 Mi values or more).
+_PACKED_ROWS = 320
+
+
+def _gemm_4bit_temporaries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """Scales and weight dequantised for F.linear (backends/cuda/ops.py, _dequant_linear_fallback).
+
+    The scales of double quantisation take two blocks: read back, and with their offset added.
+    """
+    a, _, shape = args[:3]
+    if a.numel() // a.shape[-1] <= _PACKED_ROWS:
+        return ()
+    nested = kwargs.get("absmax_8bit", args[7] if len(args) > 7 else None)
+    scales = () if nested is None else (nested.numel() * 4,) * 2
+    return (*scales, math.prod(shape) * a.element_size())
+
+
+def _attention_temporaries(
+    args: tuple[Any, ...], kwargs: dict[str, Any], capability: str | None
+) -> tuple[int, ...]:
+    query, key = args[1], args[2]
+    shapes = (tuple(query.shape), tuple(key.shape))
+    masked = kwargs.get("attn_mask") is not None
+    kernel = kernel_of(shapes, query.dtype, masked=masked, capability=capability)
+    return backward_workspace(shapes, kernel)
+
+
+#: Questions and notes that a dispatch mode sees beside the operations.
+_NO_KERNELS = ("prim", "profiler")
+_VIEWS = (
+    "view", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute",
+    "detach", "alias", "as_strided", "split", "unbind", "_unsafe_view", "lift", "empty", "size",
+)  # fmt: skip
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
+
+
+def _multiplies(name: str) -> bool:
+    return name.split("::")[1].split(".")[0] in _PRODUCTS
+
+
+def _work(name: str, args: tuple[Any, ...], result: Any) -> Work:
+    """Count one operation's floating-point operations, or the bytes it moves."""
+    space, short = name.split("::")[:2]
+    if space in _NO_KERNELS or short == "t" or short.startswith(_VIEWS):
+        return Work()
+    if short.startswith(_PRODUCTS):
+        return Work(launches=1, matmul_flops=_matmul_flops(short, args))
+    if "gemm_4bit" in short:
+        rows = args[0].numel() // args[0].shape[-1]
+        weight = math.prod(args[2])
+        # Reads half a byte, writes and reads back the dequantised value.
+        moved = weight * (0.5 + 2 * args[0].element_size())
+        return Work(launches=4, matmul_flops=2.0 * rows * weight, bytes_moved=moved)
+    if "dequantize_4bit" in short:
+        return Work(launches=1, bytes_moved=_bytes(args) + _bytes(result))
+    if "scaled_dot_product" in short:
+        return _attention_work(short, args)
+    return Work(launches=1, bytes_moved=_bytes(args) + _bytes(result))
+
+
+def _matmul_flops(short: str, args: tuple[Any, ...]) -> float:
+    tensors = [arg for arg in args if hasattr(arg, "shape") and arg.dim() >= 2]
+    if short.startswith(("addmm", "baddbmm")):
+        tensors = tensors[-2:]
+    left, right = tensors[0], tensors[1]
+    return float(2 * left.numel() * right.shape[-1])
+
+
+def _attention_work(short: str, args: tuple[Any, ...]) -> Work:
+    """Four products forward (two, causal half) and five backward; FlashAttention-2, section 3.2."""
+    backward = "backward" in short
+    query, key = (args[1], args[2]) if backward else (args[0], args[1])
+    batch, heads, length, width = query.shape
+    product = 2.0 * batch * heads * length * key.shape[2] * width / 2  # causal: half the scores
+    return Work(launches=4 if backward else 1, attention_flops=product * (5 if backward else 2))
+
+
+def _bytes(value: Any) -> float:
+    if hasattr(value, "element_size"):
+        return float(value.numel() * value.element_size())
+    if isinstance(value, list | tuple):
+        return sum(_bytes(part) for part in value)
+    return 0.0
