@@ -3,21 +3,30 @@
     python benchmarks/published_t4.py CSV [--out FILE]
 
 CSV holds the rows of the family "fitcheck" and the tier "A" (fitcheck-llm 0.3.1, MIT, measured by
-its scripts/measure.py). No GPU is used, and no figure of a row is used to predict it. Writes
-results/published_t4.json and, beside it, a table in Markdown.
+its scripts/measure.py). No GPU is used, and no figure of a row is used to predict it. The step is
+traced as that script runs it, in two points: its function drops the outputs when it returns, and
+it repeats grouped keys and values before the attention. Writes results/published_t4.json and,
+beside it, a table in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from transformers import TrainerCallback
+from transformers.integrations import sdpa_attention
 
 from lora_advisor.models.memory import MemoryModel, context_of, traced_memory
+from lora_advisor.probes import finetune
 from lora_advisor.probes.architectures import Architecture, bundled_names, load_bundled
 from lora_advisor.probes.config import LoraShape, RunConfig
 from lora_advisor.probes.extend import trace_all_layers
@@ -42,7 +51,9 @@ ASSUMPTIONS = (
     "prepare_model_for_kbit_training (the flag stands in every row) is applied to the quantised "
     "rows alone: an fp16 model has no k-bit weights, and the trainable weights alone are fp32.",
     "alpha is 64 and dropout 0; alpha changes no memory.",
-    "Full rows and no attention mask, the outputs kept until the next step, the default allocator.",
+    "Full rows, no attention mask, the default allocator (scripts/measure.py sets nothing).",
+    "The outputs of a step die at its end, and grouped keys and values are repeated before SDPA, "
+    "as in scripts/measure.py (`one_step`, `_install_gqa_sdpa_shim`).",
     "The stack is that of this machine (torch, transformers, peft), not the row's.",
     "CUDA context: 141 MiB, the figure of these rows themselves (models/memory.py).",
     "A tuned version (-Instruct, -Chat) has the figures of the bundled base model.",
@@ -98,12 +109,43 @@ def config_of(row: dict[str, str]) -> RunConfig:
     )
 
 
+@contextlib.contextmanager
+def as_measured() -> Iterator[None]:
+    """Run the loop as the script that measured the rows does."""
+    loop = finetune._loop_trainer
+
+    def dropping_loop() -> Any:
+        class DroppingLoop(loop()):  # type: ignore[misc]
+            """Drops the outputs at the end of a step, as a function does that returns."""
+
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **kwargs)
+                self.add_callback(Drop(self))
+
+        return DroppingLoop
+
+    class Drop(TrainerCallback):
+        """Drops a trainer's outputs."""
+
+        def __init__(self, trainer: Any) -> None:
+            self.trainer = trainer
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.trainer.kept_outputs = None
+
+    with (
+        mock.patch.object(finetune, "_loop_trainer", dropping_loop),
+        mock.patch.object(sdpa_attention, "use_gqa_in_sdpa", lambda *_, **__: False),
+    ):
+        yield
+
+
 def compare(row: dict[str, str], config: RunConfig, architecture: Architecture) -> dict:
     """Predict a row and set it beside what was measured."""
     started = time.perf_counter()
-    traced = traced_memory(
-        trace_all_layers(config, architecture), CAPABILITY, expandable=False, ample_bytes=1 << 62
-    )
+    with as_measured():
+        trace = trace_all_layers(config, architecture, capability=CAPABILITY)
+    traced = traced_memory(trace, CAPABILITY, expandable=False, ample_bytes=1 << 62)
     memory = MemoryModel(CAPABILITY, context_of(CAPABILITY)).predict(traced, config)
     predicted = {
         "allocated": memory.allocated_bytes,
@@ -203,8 +245,8 @@ def table(result: dict) -> str:
     text = [
         "# Traced memory against published measurements of a Tesla T4",
         "",
-        "Written by `python benchmarks/published_t4.py`. No GPU, nothing fitted. Errors in percent:",
-        "median of the absolute ones, and the worst.",
+        "Written by `benchmarks/published_t4.py`. No GPU, nothing fitted. Errors in percent,",
+        "predicted over measured: median of the absolute ones, and the worst.",
         "",
         "| rows | n | " + " | ".join(f"{kind} | worst" for kind in KINDS) + " |",
         "|---|" + "--:|" * (1 + 2 * len(KINDS)),
@@ -216,7 +258,7 @@ def table(result: dict) -> str:
                 for kind in KINDS
             ]
             text.append(f"| {name} | {group['rows']} | " + " | ".join(cells) + " |")
-    text += ["", "Assumed, for no row says it:", ""]
+    text += ["", "Assumed:", ""]
     text += [f"* {assumption}" for assumption in result["assumptions"]]
     text += [f"* Left out: {left['row']}, {left['why']}." for left in result["left_out"]]
     text += [

@@ -146,13 +146,15 @@ def cuda_semantics(
         empty_cache: Called where the step gives the allocator's cache back to the driver.
     """
     import torch
+    from accelerate.utils import memory
     from transformers import masking_utils, modeling_utils
 
     with contextlib.ExitStack() as stack:
         replace = stack.enter_context
         replace(mock.patch.object(torch.nn.Module, "_apply", _apply))
-        # Full rows: no packed documents, and a mask of ones only; both are decided by values.
-        replace(mock.patch.object(masking_utils, "is_tracing", lambda *_, **__: False))
+        # Full rows: a mask of ones only, and documents within a row only where rows are packed; both
+        # are decided by values.
+        replace(mock.patch.object(masking_utils, "is_tracing", lambda *_, **__: config.packing))
         if not config.packing:
             replace(
                 mock.patch.object(
@@ -166,6 +168,8 @@ def cuda_semantics(
             replace(patch)
         replace(cuda_autocast())
         replace(attention_patch(capability))
+        # Trainer begins with `free_memory` (accelerate/accelerator.py), which ends in this.
+        replace(mock.patch.object(memory, "clear_device_cache", lambda *_, **__: empty_cache()))
         if config.fp32_upcast:
             replace(mock.patch.object(torch.cuda, "is_available", _within_peft))
             replace(mock.patch.object(torch.cuda, "empty_cache", empty_cache))

@@ -81,17 +81,6 @@ KINDS = {
         outside=2 * V * H + 2 * H,
         knobs=STOCK,
     ),
-    "opt: learnt positions from the second on": Kind(
-        {
-            "model_type": "opt",
-            **LLAMA_LIKE,
-            "num_key_value_heads": Q,
-            "ffn_dim": F,
-            "word_embed_proj_dim": H,
-        },
-        layer=4 * (H * H + H) + (H * F + F) + (F * H + H) + 4 * H,
-        outside=V * H + (P + 2) * H + 2 * H,
-    ),
     "falcon: one key and value for all heads, linear layers of its own": Kind(
         {"model_type": "falcon", **LLAMA_LIKE, "num_key_value_heads": 1, "multi_query": True},
         layer=H * (H + 2 * D) + H * H + 2 * H * 4 * H + 2 * H,
@@ -108,6 +97,7 @@ KINDS = {
         {"model_type": "qwen3", **LLAMA_LIKE, "head_dim": D},
         layer=GROUPED + 2 * D + GATED + 2 * H,
         outside=2 * V * H + H,
+        knobs=STOCK,
     ),
     "cohere: tied and scaled logits": Kind(
         {"model_type": "cohere", **LLAMA_LIKE},
@@ -156,7 +146,7 @@ KINDS = {
         + 2 * H,
         outside=2 * V * H + H,
         first=GATED - (EXPERTS * H + (EXPERTS + 1) * 3 * H * INNER),
-        layers=8,
+        layers=7,
         knobs=STOCK,
     ),
 }
@@ -176,8 +166,7 @@ def test_few_layers_of_any_kind_of_model_stand_for_all(kind: Kind) -> None:
     one = traced_memory(extended, "9.0", expandable=False, ample_bytes=1 << 60)
     other = traced_memory(whole, "9.0", expandable=False, ample_bytes=1 << 60)
     assert one.allocated_bytes == pytest.approx(other.allocated_bytes, rel=0.001)
-    # The order of what is released together decides over one segment of 2 MiB.
-    assert one.reserved_bytes == pytest.approx(other.reserved_bytes, abs=2 << 20)
+    assert one.reserved_bytes == other.reserved_bytes
     assert extended.trainable == whole.trainable
     # Of two bytes each; positions and the like are kept in buffers beside them.
     buffers = sum(b.nbytes for b in skeleton(kind.config, kind.architecture, "cpu").buffers())
