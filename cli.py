@@ -27,6 +27,7 @@ from lora_advisor.advisor.asking import (
     gib_bytes,
     machine_of,
     spec_of,
+    trace_cache,
     training_device,
     vram_bytes,
 )
@@ -251,6 +252,7 @@ def fit(**options: Any) -> int:  # fmt: skip
         card,
         limit_bytes=limit,
         precision=config.precision,
+        cache=trace_cache(),
     )
     answer = will_it_fit(config, predictor)
     if options["as_json"]:

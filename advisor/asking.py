@@ -46,6 +46,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-advisor"
 
 
+def trace_cache() -> Path:
+    """Return the file that keeps what traces came to."""
+    return cache_dir() / "traces.sqlite3"
+
+
 def check_device(device: str) -> str:
     """Turn "auto" into the device there is: "cuda", or "none" for predictions only."""
     if device == "auto":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.advisor.traces import TraceStore
-from lora_advisor.models.memory import Context, MemoryModel, TracedMemory, context_of
+from lora_advisor.models.memory import Context, MemoryModel, Observed, context_of
+from lora_advisor.models.traced import TracedMemory
 from lora_advisor.models.throughput import Observation, ThroughputModel
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.cards import Card
@@ -55,13 +58,25 @@ class Predictor:
         limit_bytes: int,
         precision: str,
         context_bytes: int | None = None,
+        cache: Path | None = None,
     ) -> Predictor:
-        """Return the models before any probe."""
+        """Return the models before any probe.
+
+        Args:
+            architecture: The model's figures.
+            machine: The device.
+            card: Its row in the card table; None if it has none.
+            limit_bytes: What the process may hold on it.
+            precision: What the matrix products run in.
+            context_bytes: What a process holds on it before its first tensor, where measured.
+            cache: File that keeps what traces came to; None to keep nothing.
+        """
         capability = machine.capability
         context = _CPU_CONTEXT if machine.kind == "cpu" else context_of(capability, context_bytes)
         throughput = None if card is None else ThroughputModel.roofline(card, precision)
         memory = MemoryModel(capability, context)
-        return cls(TraceStore(architecture), machine, card, limit_bytes, memory, throughput)
+        store = TraceStore(architecture, capability, TraceCache(cache))
+        return cls(store, machine, card, limit_bytes, memory, throughput)
 
     def learn(self, results: Sequence[ProbeResult]) -> Predictor:
         """Return models taught by all probes so far, these included."""
@@ -94,23 +109,32 @@ class Predictor:
                 measured=True,
             )
             return MemoryModel(None, context, probes=len(held))
-        pairs = [
-            (self._traced(r.config).reserved_bytes, r.reserved_bytes)
+        observed = [
+            Observed(
+                traced=self._traced(r.config),
+                allocated_bytes=r.allocated_bytes,
+                reserved_bytes=r.reserved_bytes,
+            )
             for r in ran
-            if r.reserved_bytes is not None and not r.alloc_retries and r.config.compile == "off"
+            if r.allocated_bytes is not None
+            and r.reserved_bytes is not None
+            and not r.alloc_retries
+            and r.config.compile == "off"
         ]
         measured = [r.context_bytes for r in ran if r.context_bytes is not None]
         context = context_of(None, max(measured)) if measured else model.context
-        return MemoryModel.fit(model.capability, context, pairs)
+        return MemoryModel.fit(model.capability, context, observed)
 
     def _traced(self, config: RunConfig) -> TracedMemory:
-        return self.store.memory(config, self.machine.capability, self.limit_bytes)
+        return self.store.memory(config, self.limit_bytes - self.memory.context.value_bytes)
+
+    def prepare(self, configs: Iterable[RunConfig]) -> None:
+        """Trace what these configurations need, several at a time."""
+        self.store.prepare(configs, self.limit_bytes - self.memory.context.value_bytes)
 
     def work(self, config: RunConfig) -> Work:
         """Return the work of one optimizer step."""
-        trace = self.store.get(config)
-        once = sum((w for (phase, _), w in trace.work.items() if phase == "optimizer"), Work())
-        each = sum((w for (phase, _), w in trace.work.items() if phase != "optimizer"), Work())
+        once, each = self.store.work(config)
         return once + each.times(config.accumulation)
 
     def predict(self, config: RunConfig) -> Prediction:

@@ -91,7 +91,7 @@ def search(
         for micro_batch in dict.fromkeys(choice["micro_batch"] for choice in choices):
             level = [choice for choice in choices if choice["micro_batch"] == micro_batch]
             configs = [c for c in _legal(space, level) if not _settled(c, seen)]
-            predictor.store.prepare(configs)
+            predictor.prepare(configs)
             for choice in level:
                 study.enqueue_trial(choice)
             study.optimize(run, n_trials=len(level))
@@ -101,7 +101,7 @@ def search(
         # Cores are idle, so what the bisection may ask for is traced before it asks.
         sizes = list(dict.fromkeys(choice["micro_batch"] for choice in plain))[:_AHEAD]
         ahead = [choice for choice in plain if choice["micro_batch"] in sizes]
-        predictor.store.prepare(_legal(space, ahead))
+        predictor.prepare(_legal(space, ahead))
     look_at(plain)
     look_at(_varied_choices(space, rank(_fitting(seen), objective)))
     study.optimize(run, n_trials=free_trials)

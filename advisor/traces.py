@@ -1,47 +1,68 @@
-"""Traces of one architecture, each made once, several at a time, and interpolated where exact."""
+"""What the traces of one architecture come to: each made once, kept on disk, several at a time."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from lora_advisor.models.memory import TracedMemory, traced_memory
+from lora_advisor.advisor.trace_cache import TraceCache, key_of
+from lora_advisor.models.traced import TracedMemory
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.events import Trace
-from lora_advisor.probes.extend import between, trace_all_layers
+from lora_advisor.probes.events import Trace, Work
+from lora_advisor.probes.machine import detect_stack
+
+if TYPE_CHECKING:
+    from lora_advisor.probes.interpolate import Size
 
 #: Processes that trace side by side; each holds 0.6 GiB.
 _WORKERS = 16
 #: From here on a step does the same things whatever the micro-batch: TRL's loss takes tiles of 4096
-#: tokens (trl/kernels/chunked_logprob.py), bitsandbytes changes kernels at 1536.
-_REGULAR_TOKENS = 4096
+#: tokens (trl/kernels/chunked_logprob.py), bitsandbytes changes kernels below.
+REGULAR_TOKENS = 4096
 
 
 @dataclass
 class TraceStore:
-    """Traces of one architecture, each made once; micro-batches are interpolated where exact."""
+    """Traces of one architecture on cards of one capability.
+
+    Attributes:
+        architecture: The model's figures.
+        capability: Compute capability of the card.
+        cache: Where what traces came to is kept.
+        traces: Those made or interpolated in this process.
+        memories: What they came to, by configuration and cap of the allocator.
+        works: Work of one optimizer step's end, and of one micro-batch.
+    """
 
     architecture: Architecture
+    capability: str | None
+    cache: TraceCache = field(default_factory=lambda: TraceCache(None))
     traces: dict[RunConfig, Trace] = field(default_factory=dict)
-    memories: dict[tuple[RunConfig, str | None, int], TracedMemory] = field(default_factory=dict)
+    memories: dict[tuple[RunConfig, int], TracedMemory] = field(default_factory=dict)
+    works: dict[RunConfig, tuple[Work, Work]] = field(default_factory=dict)
 
-    def memory(self, config: RunConfig, capability: str | None, limit_bytes: int) -> TracedMemory:
-        """Return what a configuration's trace comes to on a card's allocator."""
-        kept = config.replace(accumulation=min(config.accumulation, 2), compile="off")
-        key = (kept, capability, limit_bytes)
-        if key not in self.memories:
-            self.memories[key] = traced_memory(
-                self.get(config),
-                capability,
-                expandable=config.allocator == "expandable_segments",
-                # A run that reserves less than 70 % of the limit fits whatever the bound.
-                ample_bytes=int(0.7 * limit_bytes),
-                limit_bytes=limit_bytes,
-            )
-        return self.memories[key]
+    def memory(self, config: RunConfig, cap_bytes: int) -> TracedMemory:
+        """Return what a configuration's trace comes to on the card's allocator."""
+        kept = _replayed_as(config)
+        if (kept, cap_bytes) not in self.memories:
+            self._look_up(kept, cap_bytes)
+        if (kept, cap_bytes) not in self.memories:
+            self._replay(kept, cap_bytes)
+        return self.memories[kept, cap_bytes]
+
+    def work(self, config: RunConfig) -> tuple[Work, Work]:
+        """Return the work of a step's end (gradient norm, optimizer) and that of a micro-batch."""
+        traced = _traced_as(config)
+        if traced not in self.works:
+            self._look_up(_replayed_as(config), None)
+        if traced not in self.works:
+            self.works[traced] = _summed(self.get(config))
+        return self.works[traced]
 
     def get(self, config: RunConfig) -> Trace:
         """Return the trace of a configuration.
@@ -50,31 +71,47 @@ class TraceStore:
         """
         config = _traced_as(config)
         if config not in self.traces:
-            self.traces[config] = self._interpolated(config) or trace_all_layers(
-                config, self.architecture
+            self.traces[config] = (
+                self._interpolated(config) or self._kept(config) or self._made(config)
             )
         return self.traces[config]
 
-    def prepare(self, configs: Iterable[RunConfig]) -> None:
-        """Trace what is missing for these configurations, several at a time where cores allow."""
+    def prepare(self, configs: Iterable[RunConfig], cap_bytes: int | None = None) -> None:
+        """Trace what is missing for these configurations, several at a time where cores allow.
+
+        Args:
+            configs: What will be asked for.
+            cap_bytes: With it, what is known to the cache for this cap is not traced.
+        """
         missing = []
-        for config in dict.fromkeys(_traced_as(config) for config in configs):
-            if config in self.traces:
+        for config in configs:
+            if cap_bytes is not None:
+                self._look_up(_replayed_as(config), cap_bytes)
+                if (_replayed_as(config), cap_bytes) in self.memories:
+                    continue
+            config = _traced_as(config)
+            if config in self.traces or config in missing:
                 continue
-            between_others = self._interpolated(config)
-            if between_others is None:
+            known = self._interpolated(config) or self._kept(config)
+            if known is None:
                 missing.append(config)
             else:
-                self.traces[config] = between_others
+                self.traces[config] = known
         workers = min(os.cpu_count() or 1, _WORKERS, len(missing))
         if workers < 2:
             return
         from joblib import Parallel, delayed
 
-        made = Parallel(n_jobs=workers)(
-            delayed(_trace_in_worker)(config, self.architecture) for config in missing
+        made = Parallel(n_jobs=workers, backend=_backend())(
+            delayed(trace_quietly)(config, self.architecture, self.capability) for config in missing
         )
         self.traces.update(zip(missing, made, strict=True))
+
+    def sampled(self, config: RunConfig, sizes: Sequence[Size]) -> dict[Size, Trace]:
+        """Return the traces of a configuration at several sizes."""
+        configs = {size: resized(config, size) for size in sizes}
+        self.prepare(configs.values())
+        return {size: self.get(changed) for size, changed in configs.items()}
 
     @staticmethod
     def release_workers() -> None:
@@ -83,16 +120,60 @@ class TraceStore:
 
         get_reusable_executor().shutdown(wait=True)
 
+    def _key(self, config: RunConfig) -> str:
+        return key_of(
+            detect_stack(), self.capability, self.architecture.fingerprint, config.to_json()
+        )
+
+    def _look_up(self, kept: RunConfig, cap_bytes: int | None) -> None:
+        """Take from the cache what it holds of a configuration."""
+        entry = self.cache.get(self._key(kept))
+        if entry is None:
+            return
+        once, each = (Work(**amount) for amount in entry["work"])
+        self.works.setdefault(_traced_as(kept), (once, each))
+        memory = entry["memory"].get(str(cap_bytes))
+        if memory is not None and cap_bytes is not None:
+            self.memories[kept, cap_bytes] = TracedMemory(**memory)
+
+    def _replay(self, kept: RunConfig, cap_bytes: int) -> None:
+        from lora_advisor.models.replayed import traced_memory
+
+        trace = self.get(kept)
+        memory = traced_memory(
+            trace,
+            expandable=kept.allocator == "expandable_segments",
+            cap_bytes=cap_bytes,
+        )
+        self.memories[kept, cap_bytes] = memory
+        key = self._key(kept)
+        entry = self.cache.get(key) or {"memory": {}}
+        entry["memory"][str(cap_bytes)] = dataclasses.asdict(memory)
+        entry["work"] = [dataclasses.asdict(amount) for amount in self.work(kept)]
+        self.cache.put(key, entry)
+
+    def _made(self, config: RunConfig) -> Trace:
+        trace = trace_quietly(config, self.architecture, self.capability)
+        work = [dataclasses.asdict(amount) for amount in _summed(trace)]
+        key = self._key(config)
+        entry = self.cache.get(key) or {"memory": {}}
+        self.cache.put(key, {**entry, "work": work}, trace.to_bytes())
+        return trace
+
+    def _kept(self, config: RunConfig) -> Trace | None:
+        events = self.cache.events(self._key(config))
+        return None if events is None else Trace.from_bytes(events)
+
     def _interpolated(self, config: RunConfig) -> Trace | None:
-        known = (
-            sorted(
-                (other.micro_batch, other)
-                for other in self.traces
-                if other.tokens >= _REGULAR_TOKENS
-                and other.replace(micro_batch=config.micro_batch) == config
-            )
-            if config.tokens >= _REGULAR_TOKENS
-            else []
+        from lora_advisor.probes.interpolate import between
+
+        if config.tokens < REGULAR_TOKENS:
+            return None
+        known = sorted(
+            (other.micro_batch, other)
+            for other in self.traces
+            if other.tokens >= REGULAR_TOKENS
+            and other.replace(micro_batch=config.micro_batch) == config
         )
         if len(known) < 2:
             return None
@@ -101,18 +182,51 @@ class TraceStore:
         return between(self.traces[first], self.traces[last], share=share)
 
 
-def _trace_in_worker(config: RunConfig, architecture: Architecture) -> Trace:
-    """Trace in another process, whose libraries shall be as quiet as they are here."""
+def trace_quietly(
+    config: RunConfig, architecture: Architecture, capability: str | None
+) -> Trace:
+    """Trace, perhaps in another process, whose libraries shall be as quiet as they are here."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return trace_all_layers(config, architecture)
+    from lora_advisor.probes.extend import trace_all_layers
+
+    return trace_all_layers(config, architecture, capability=capability)
+
+
+def resized(config: RunConfig, size: Size) -> RunConfig:
+    """Return a configuration with another micro-batch and sequence length."""
+    return config.replace(micro_batch=size[0], seq_len=size[1])
+
+
+def _backend() -> str:
+    """Return how joblib shall make workers.
+
+    A fork has the libraries imported already, 7 s a worker; but a process with a CUDA context must
+    not fork.
+    """
+    import torch
+
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return "loky" if started or os.name == "nt" else "multiprocessing"
+
+
+def _summed(trace: Trace) -> tuple[Work, Work]:
+    once = sum((w for (phase, _), w in trace.work.items() if phase == "optimizer"), Work())
+    each = sum((w for (phase, _), w in trace.work.items() if phase != "optimizer"), Work())
+    return once, each
 
 
 def _traced_as(config: RunConfig) -> RunConfig:
     """Return the configuration whose trace stands for this one.
 
     More than two micro-batches in a step repeat the second; the allocator's setting changes the
-    replay, not the events; compiled code is traced in its eager form.
+    replay, not the events.
     """
-    return config.replace(
-        accumulation=min(config.accumulation, 2), allocator="default", compile="off"
-    )
+    return _replayed_as(config).replace(allocator="default")
+
+
+def _replayed_as(config: RunConfig) -> RunConfig:
+    """Return the configuration whose replay stands for this one."""
+    changes: dict[str, Any] = {"accumulation": min(config.accumulation, 2)}
+    if config.compile == "model":
+        changes["compile"] = "off"
+    return config.replace(**changes)

@@ -4,9 +4,9 @@
 
 CSV holds the rows of the family "fitcheck" and the tier "A" (fitcheck-llm 0.3.1, MIT, measured by
 its scripts/measure.py). No GPU is used, and no figure of a row is used to predict it. The step is
-traced as that script runs it, in two points: its function drops the outputs when it returns, and
-it repeats grouped keys and values before the attention. Writes results/published_t4.json and,
-beside it, a table in Markdown.
+traced as that script runs it, in three points: its function drops the outputs when it returns, it
+repeats grouped keys and values before the attention, and it loads fp16 models on the host. Writes
+results/published_t4.json and, beside it, a table in Markdown.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import dataclasses
 import json
 import statistics
 import time
@@ -29,6 +30,7 @@ from lora_advisor.models.memory import MemoryModel, context_of, traced_memory
 from lora_advisor.probes import finetune
 from lora_advisor.probes.architectures import Architecture, bundled_names, load_bundled
 from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.events import Trace
 from lora_advisor.probes.extend import trace_all_layers
 
 CAPABILITY = "7.5"
@@ -54,6 +56,8 @@ ASSUMPTIONS = (
     "Full rows, no attention mask, the default allocator (scripts/measure.py sets nothing).",
     "The outputs of a step die at its end, and grouped keys and values are repeated before SDPA, "
     "as in scripts/measure.py (`one_step`, `_install_gqa_sdpa_shim`).",
+    "fp16 models are loaded on the host and moved to the card (`build_model`), 4-bit ones are "
+    "loaded to the card.",
     "The stack is that of this machine (torch, transformers, peft), not the row's.",
     "CUDA context: 141 MiB, the figure of these rows themselves (models/memory.py).",
     "A tuned version (-Instruct, -Chat) has the figures of the bundled base model.",
@@ -140,11 +144,23 @@ def as_measured() -> Iterator[None]:
         yield
 
 
+def loaded_on_host(trace: Trace) -> Trace:
+    """Return the trace of a model that was loaded on the host and then moved, tensor by tensor.
+
+    A trace begins with the block that `from_pretrained` reserves where it loads to a GPU.
+    """
+    kept = trace.blocks != trace.blocks[0]
+    columns = ("blocks", "sizes", "phases", "layers")
+    return dataclasses.replace(trace, **{name: getattr(trace, name)[kept] for name in columns})
+
+
 def compare(row: dict[str, str], config: RunConfig, architecture: Architecture) -> dict:
     """Predict a row and set it beside what was measured."""
     started = time.perf_counter()
     with as_measured():
         trace = trace_all_layers(config, architecture, capability=CAPABILITY)
+    if config.method == "lora":
+        trace = loaded_on_host(trace)
     traced = traced_memory(trace, CAPABILITY, expandable=False, ample_bytes=1 << 62)
     memory = MemoryModel(CAPABILITY, context_of(CAPABILITY)).predict(traced, config)
     predicted = {

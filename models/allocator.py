@@ -31,7 +31,7 @@ class Replay:
         allocated_bytes: Largest sum of the blocks in use at one time.
         reserved_bytes: Largest sum of the segments held at one time.
         peak_index: Position of the event at which `allocated_bytes` was reached.
-        phase_peaks: Largest sum of blocks in use in each phase.
+        phase_peaks: Largest sum of blocks in use in each phase, as the events name them.
         survived: Whether every request was met under the cap.
         retries: Times the cache was given back to meet a request.
     """

@@ -1,17 +1,18 @@
 """From a trace, and the probes there are, to the memory a run needs.
 
-Physics comes from the trace; only what card and stack decide is learnt from probes: the context
-and the gap between the traced and the measured reserve.
+Physics comes from the trace; only what card and stack decide is learnt from probes, each term by
+itself: the context, workspaces, slopes, and the gap between the reserve and the live tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from lora_advisor.models.allocator import MIB, Replay, replay
+from lora_advisor.models.allocator import MIB
+from lora_advisor.models.traced import TracedMemory
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.events import Trace
 from lora_advisor.probes.prediction import MemoryPrediction
 
 #: CUDA context by compute capability, measured: H100 after its last step, the largest in
@@ -21,12 +22,25 @@ _CONTEXT = {"9.0": 770 * MIB, "7.5": 141 * MIB}
 _ASSUMED_CONTEXT = 256 * MIB
 _ASSUMED_CONTEXT_UPPER = 512 * MIB
 
-#: One-sided error of the traced reserve, as a share of it: above the 95th percentile of measured
-#: over traced reserve in benchmarks/results/trace_accuracy.json ("reserved_upper"; tested).
+#: One-sided relative error of the traced reserve: above the 95th percentile of measured over traced
+#: in benchmarks/results/trace_accuracy.json ("reserved_upper"; tested).
 TRACED_RESERVED_UPPER = 0.15
-#: Added for compiled layers, which are traced in their eager form: the recorded run stands 8 %
-#: above its trace.
+#: The same of the smallest cap a run survives, which fragmentation moves less: it follows the live
+#: tensors. Upwards and downwards; "allocated_upper" and "allocated_lower" there.
+TRACED_NEEDED_UPPER = 0.025
+TRACED_NEEDED_LOWER = 0.015
+#: Added for compiled layers: what Inductor keeps is derived, not run.
 _COMPILED_UPPER = 0.10
+
+#: What probes may teach, as standard deviations before the first: bytes of workspaces that the
+#: trace does not know, and the share of what lives within a step; then the same of the gap between
+#: reserve and live tensors. And how far a single run strays, as a share of its memory.
+_ALLOCATED_PRIOR = (32 * MIB, 0.005)
+_GAP_PRIOR = (64 * MIB, 0.2)
+_ALLOCATED_NOISE, _GAP_NOISE = 0.001, 0.01
+
+#: Parts of the peak that stay from step to step; the rest lives within one.
+_PERSISTENT = ("weights", "adapter", "optimizer", "gradients", "workspace")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,65 +69,12 @@ def context_of(capability: str | None, measured_bytes: int | None = None) -> Con
 
 
 @dataclass(frozen=True, kw_only=True)
-class TracedMemory:
-    """What a trace comes to on a card, before anything is learnt from probes.
+class Observed:
+    """What a probe measured, beside what its trace comes to; in bytes."""
 
-    Attributes:
-        allocated_bytes: Peak of live tensors.
-        reserved_bytes: Peak of the caching allocator without a cap.
-        needed_bytes: Smallest cap the run survives, as far as it was worth finding out.
-        instant: Where the peak lies.
-        components: Bytes at the peak by owner.
-        phases: Peak of live tensors in each phase.
-    """
-
+    traced: TracedMemory
     allocated_bytes: int
     reserved_bytes: int
-    needed_bytes: int
-    instant: str
-    components: Mapping[str, int]
-    phases: Mapping[str, int]
-
-
-def traced_memory(
-    trace: Trace,
-    capability: str | None,
-    *,
-    expandable: bool,
-    ample_bytes: int = 0,
-    limit_bytes: int | None = None,
-) -> TracedMemory:
-    """Replay a trace on a card's allocator.
-
-    Args:
-        trace: The trace.
-        capability: Compute capability of the card.
-        expandable: Whether the allocator's segments expand.
-        ample_bytes: Where the reserve stays below, nobody asks for the smallest cap, and it is not
-            looked for.
-        limit_bytes: Nor where the live tensors alone are above this; the peak of the live tensors
-            is returned for it.
-    """
-    events = device_events(trace, capability)
-    result = replay(events, expandable=expandable)
-    smallest = result.reserved_bytes
-    if limit_bytes is not None and result.allocated_bytes > limit_bytes:
-        smallest = result.allocated_bytes
-    elif result.reserved_bytes > ample_bytes:
-        smallest = needed(events, result, expandable=expandable)
-    return TracedMemory(
-        allocated_bytes=result.allocated_bytes,
-        reserved_bytes=result.reserved_bytes,
-        needed_bytes=smallest,
-        instant=instant(trace, result.peak_index, events),
-        components=components(trace, events, result),
-        phases=result.phase_peaks,
-    )
-
-
-def device_events(trace: Trace, capability: str | None = None) -> list[tuple[int, int, str]]:
-    """Return the trace's events as the allocator's replay takes them."""
-    return [(event.block, event.size, event.phase) for event in trace.events]
 
 
 @dataclass(frozen=True)
@@ -123,62 +84,72 @@ class MemoryModel:
     Attributes:
         capability: Compute capability of the card.
         context: What the process holds beside the allocator's memory.
-        reserved_gap: Measured over traced reserve, from the probes; 1 without any.
+        allocated: Learnt of the live tensors: bytes added, and share of what lives within a step.
+        gap: Learnt of the reserve beyond them: bytes added, and share of it.
         upper: One-sided relative error of the reserve.
+        needed_upper: Of the smallest cap survived.
         probes: Number of probes behind the correction.
     """
 
     capability: str | None
     context: Context
-    reserved_gap: float = 1.0
+    allocated: tuple[float, float] = (0.0, 0.0)
+    gap: tuple[float, float] = (0.0, 0.0)
     upper: float = TRACED_RESERVED_UPPER
+    needed_upper: float = TRACED_NEEDED_UPPER
     probes: int = 0
 
     @classmethod
     def fit(
-        cls,
-        capability: str | None,
-        context: Context,
-        pairs: Sequence[tuple[int, int]],
+        cls, capability: str | None, context: Context, observed: Sequence[Observed]
     ) -> MemoryModel:
-        """Learn from probes.
+        """Learn from probes, term by term; what they do not speak of stays as traced.
 
         Args:
             capability: Of the card.
             context: Of the card.
-            pairs: (traced, measured) reserved bytes of the probes that ended well and never had to
-                give back cached memory.
+            observed: Probes that ended well and never had to give back cached memory.
         """
-        if not pairs:
+        if not observed:
             return cls(capability, context)
-        import numpy
-        from sklearn.linear_model import Ridge
+        allocated = _learn(
+            [_within_step(o.traced) for o in observed],
+            [o.allocated_bytes - o.traced.allocated_bytes for o in observed],
+            [_ALLOCATED_NOISE * o.traced.allocated_bytes for o in observed],
+            _ALLOCATED_PRIOR,
+        )
+        gap = _learn(
+            [_gap(o.traced) for o in observed],
+            [o.reserved_bytes - o.allocated_bytes - _gap(o.traced) for o in observed],
+            [_GAP_NOISE * o.traced.reserved_bytes for o in observed],
+            _GAP_PRIOR,
+        )
+        model = cls(capability, context, allocated, gap, probes=len(observed))
+        both = [(o, *model._corrected(o.traced)) for o in observed]
+        return dataclasses.replace(
+            model,
+            upper=_bound([o.reserved_bytes / r - 1 for o, _, r in both], TRACED_RESERVED_UPPER),
+            needed_upper=_bound([o.allocated_bytes / a - 1 for o, a, _ in both], TRACED_NEEDED_UPPER),
+        )
 
-        traced = numpy.array([pair[0] for pair in pairs], dtype=float)
-        measured = numpy.array([pair[1] for pair in pairs], dtype=float)
-        # The gap as a share of the traced reserve, drawn to 0 by one pseudo-observation, so that
-        # a single probe does not swing the model.
-        relative = measured / traced - 1
-        ridge = Ridge(alpha=1.0, fit_intercept=False).fit(numpy.ones((len(pairs), 1)), relative)
-        gap = float(ridge.coef_[0])
-        left = relative - gap
-        spread = float(numpy.max(left, initial=0.0))
-        # With n probes the largest residual seen is exceeded once in n + 1 times; between that and
-        # the traced bound, weigh by the number of probes.
-        weight = len(pairs) / (len(pairs) + 4)
-        upper = weight * spread + (1 - weight) * TRACED_RESERVED_UPPER
-        return cls(capability, context, 1.0 + gap, upper, len(pairs))
+    def _corrected(self, traced: TracedMemory) -> tuple[float, float]:
+        """Return the live tensors and the reserve with what was learnt."""
+        offset, share = self.allocated
+        allocated = traced.allocated_bytes + offset + share * _within_step(traced)
+        more, factor = self.gap
+        return allocated, allocated + max(0.0, more + (1 + factor) * _gap(traced))
 
     def predict(self, traced: TracedMemory, config: RunConfig) -> MemoryPrediction:
         """Return the memory of a run from what its trace came to."""
-        reserved = max(traced.allocated_bytes, round(traced.reserved_bytes * self.reserved_gap))
+        allocated, reserved = (round(size) for size in self._corrected(traced))
+        share = (traced.needed_bytes - traced.allocated_bytes) / max(1, _gap(traced))
         bound = self.upper + (_COMPILED_UPPER if config.compile != "off" else 0.0)
         return MemoryPrediction(
-            allocated_bytes=traced.allocated_bytes,
+            allocated_bytes=allocated,
             reserved_bytes=reserved,
             process_bytes=reserved + self.context.value_bytes,
             process_upper_bytes=round(reserved * (1 + bound)) + self.context.upper_bytes,
-            needed_bytes=min(reserved, traced.needed_bytes),
+            needed_bytes=round(allocated + min(1.0, share) * (reserved - allocated)),
             instant=traced.instant,
             components=dict(traced.components),
             phases=dict(traced.phases),
@@ -188,75 +159,53 @@ class MemoryModel:
     def verdict(self, config: RunConfig, memory: MemoryPrediction, limit_bytes: int) -> str:
         """Say whether a run fits a card's memory less the reserve.
 
-        It fits where the bound of the process is within the limit; it does not where even the
-        smallest cap it survives is above; between, only a run can tell. So it is for a model that
-        is compiled as a whole, whose memory the eager trace does not bound.
+        It fits where the smallest cap it survives, with its error, is within the limit; it does not
+        where that cap is above, with its error the other way; between, only a run can tell. So it
+        is for a model that is compiled as a whole, whose memory the eager trace does not bound.
         """
-        if memory.process_upper_bytes <= limit_bytes and config.compile != "model":
+        upper = self.needed_upper + (_COMPILED_UPPER if config.compile != "off" else 0.0)
+        most = memory.needed_bytes * (1 + upper) + self.context.upper_bytes
+        least = memory.needed_bytes * (1 - TRACED_NEEDED_LOWER) + self.context.value_bytes
+        if most <= limit_bytes and config.compile != "model":
             return "fits"
-        if memory.needed_bytes + self.context.value_bytes > limit_bytes:
-            return "does not fit"
-        return "uncertain"
+        return "does not fit" if least > limit_bytes else "uncertain"
 
 
-def needed(events: list[tuple[int, int, str]], free: Replay, *, expandable: bool) -> int:
-    """Return the smallest cap, to 64 MiB, under which the events run through."""
-    low, high = free.allocated_bytes, max(free.reserved_bytes, free.allocated_bytes)
-    while high - low > 64 * MIB:
-        middle = (low + high) // 2
-        if replay(events, cap_bytes=middle, expandable=expandable).survived:
-            high = middle
-        else:
-            low = middle
-    return high
+def _within_step(traced: TracedMemory) -> int:
+    return traced.allocated_bytes - sum(traced.components.get(name, 0) for name in _PERSISTENT)
 
 
-def instant(trace: Trace, index: int, events: list[tuple[int, int, str]]) -> str:
-    """Name the instant of an event for people."""
-    block, _, phase = events[index]
-    layer = next((e.layer for e in trace.events if e.block == block and e.size > 0), -1)
-    if phase == "load":
-        return "loading"
-    if phase == "optimizer":
-        return "optimizer step"
-    if layer < 0:
-        return "loss" if phase == "forward" else "gradient of the loss"
-    return "forward pass of a layer" if phase == "forward" else "backward pass of a layer"
+def _gap(traced: TracedMemory) -> int:
+    return traced.reserved_bytes - traced.allocated_bytes
 
 
-@dataclass
-class _Life:
-    """Birth and death of a block."""
+def _learn(
+    sizes: Sequence[float],
+    differences: Sequence[float],
+    noise: Sequence[float],
+    prior: tuple[float, float],
+) -> tuple[float, float]:
+    """Return the constant and the slope in `differences`, drawn to 0 as their prior says.
 
-    size: int
-    born: str
-    born_at: int
-    died: str | None = None
-    died_at: int = field(default=1 << 62)
+    Ridge regression is the most probable answer where each coefficient is normal around 0: divided
+    by its noise, an observation weighs as much as the prior's own.
+    """
+    import numpy
+    from sklearn.linear_model import Ridge
 
-
-def components(trace: Trace, events: list[tuple[int, int, str]], result: Replay) -> dict[str, int]:
-    """Return the bytes in use at the peak by owner; rounding is counted as "rounding"."""
-    lives: dict[int, _Life] = {}
-    for index, (block, size, phase) in enumerate(events):
-        if size > 0:
-            lives[block] = _Life(size, phase, index)
-        elif size < 0:
-            lives[block].died, lives[block].died_at = phase, index
-    totals: dict[str, int] = {}
-    for block, life in lives.items():
-        if life.born_at <= result.peak_index < life.died_at:
-            owner = _owner(block, life, trace.owners)
-            totals[owner] = totals.get(owner, 0) + life.size
-    totals["rounding"] = result.allocated_bytes - sum(totals.values())
-    return totals
+    error = numpy.array(noise, dtype=float)
+    columns = numpy.array([[1.0] * len(sizes), list(sizes)]).T * numpy.array(prior)
+    ridge = Ridge(alpha=1.0, fit_intercept=False)
+    ridge.fit(columns / error[:, None], numpy.array(differences, dtype=float) / error)
+    constant, slope = ridge.coef_ * numpy.array(prior)
+    return float(constant), float(slope)
 
 
-def _owner(block: int, life: _Life, owners: Mapping[int, str]) -> str:
-    if block in owners:
-        return owners[block]
-    if life.born == "backward" and life.died == "optimizer":
-        return "gradients"
-    if life.born == "forward" and life.died == "backward":
-        return "activations"
-    return "working set"
+def _bound(residuals: Sequence[float], traced: float) -> float:
+    """Return a one-sided error from the probes' residuals and that of the trace alone.
+
+    With n probes the largest residual is exceeded once in n + 1 times (conformal prediction,
+    arXiv 2107.07511, section 1); between it and the traced error, weigh by the number of probes.
+    """
+    weight = len(residuals) / (len(residuals) + 4)
+    return weight * max(0.0, *residuals) + (1 - weight) * traced

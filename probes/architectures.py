@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_advisor.probes.errors import AdvisorError, DataError, MissingInputError, UsageError
-
-#: Figures that must be whole and at least 1 where a config.json gives them.
-_COUNTS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "intermediate_size", "vocab_size", "head_dim", "max_position_embeddings",
-)  # fmt: skip
-
-#: Above these a config.json is taken for damaged: ten times the largest published models.
-_CEILINGS = {"hidden_size": 300_000, "num_hidden_layers": 2_000, "vocab_size": 3_000_000}
+from lora_advisor.probes.figures import check_hf_config, count_layers, cut_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +44,8 @@ class Architecture:
 
     @property
     def num_layers(self) -> int | None:
-        """Number of decoder layers; None where the figures call it otherwise."""
-        layers = self.hf_config.get("num_hidden_layers")
-        return None if layers is None else int(layers)
+        """Number of decoder layers; None where the figures do not say it."""
+        return count_layers(self.hf_config)
 
 
 @cache
@@ -189,52 +180,6 @@ def _from_hub(hub_id: str, trust_remote_code: bool) -> Architecture:
     )
 
 
-def check_hf_config(data: object, *, where: str) -> None:
-    """Refuse figures no model can have.
-
-    Raises:
-        DataError: With the figure, what came, and what must hold.
-    """
-    if not isinstance(data, Mapping):
-        raise DataError(
-            f"{where}: a config.json must hold a JSON object, but got {type(data).__name__}."
-        )
-    if not isinstance(data.get("model_type"), str):
-        raise DataError(
-            f"{where}: `model_type` must name the architecture, but got {data.get('model_type')!r}."
-        )
-    for name in _COUNTS:
-        value = data.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DataError(
-                f"{where}: `{name}` must be a whole number of at least 1, but got {value!r}."
-            )
-        if value > _CEILINGS.get(name, 10**9):
-            raise DataError(
-                f"{where}: `{name}` must be at most {_CEILINGS.get(name, 10**9)}, but got {value}."
-            )
-    hidden, heads = data.get("hidden_size"), data.get("num_attention_heads")
-    if hidden and heads and data.get("head_dim") is None and hidden % heads:
-        raise DataError(
-            f"{where}: `num_attention_heads` must divide `hidden_size`, but {heads} does not "
-            f"divide {hidden}."
-        )
-    kv_heads = data.get("num_key_value_heads")
-    if heads and kv_heads and heads % kv_heads:
-        raise DataError(
-            f"{where}: `num_key_value_heads` must divide `num_attention_heads`, but {kv_heads} "
-            f"does not divide {heads}."
-        )
-    if (
-        data.get("num_hidden_layers") is None
-        and data.get("n_layer") is None
-        and "text_config" not in data
-    ):
-        raise DataError(f"{where}: `num_hidden_layers` must be given.")
-
-
 def build_hf_config(architecture: Architecture, *, layers: int | None = None) -> Any:
     """Return the transformers configuration object.
 
@@ -248,12 +193,10 @@ def build_hf_config(architecture: Architecture, *, layers: int | None = None) ->
     """
     from transformers import AutoConfig
 
-    figures = {key: value for key, value in architecture.hf_config.items() if key != "model_type"}
-    model_type = architecture.hf_config["model_type"]
+    figures = dict(architecture.hf_config)
     if layers is not None:
-        figures["num_hidden_layers"] = layers
-        if isinstance(figures.get("layer_types"), list):
-            figures["layer_types"] = figures["layer_types"][:layers]
+        figures = cut_layers(figures, layers)
+    model_type = figures.pop("model_type")
     if "auto_map" in figures and not architecture.trust_remote_code:
         figures.pop("auto_map")
     try:
@@ -274,11 +217,15 @@ def build_hf_config(architecture: Architecture, *, layers: int | None = None) ->
 
 def attention_of(architecture: Architecture) -> str:
     """Return "sdpa", or "eager" for a model that transformers builds without it (Gemma 2)."""
+    return "sdpa" if getattr(causal_model_of(architecture), "_supports_sdpa", True) else "eager"
+
+
+def causal_model_of(architecture: Architecture) -> Any:
+    """Return transformers' class of the causal language model; None where it has none."""
     from transformers import AutoModelForCausalLM
 
     mapping: Any = AutoModelForCausalLM._model_mapping
-    kind = mapping.get(type(build_hf_config(architecture)), None)
-    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    return mapping.get(type(build_hf_config(architecture)), None)
 
 
 def _first_line(error: Exception) -> str:

@@ -5,7 +5,9 @@ AOTAutograd's partitioner chooses what is saved for the backward pass, Inductor 
 and writes the program that allocates each buffer, calls each kernel and drops each buffer after its
 last use. That program runs here on fake tensors, with kernels that do nothing in place of Triton's.
 So neither a GPU nor Triton is needed, and what another version of PyTorch does differently, a trace
-with that version does too. Checked against the code of torch 2.11 on an H100 and against torch 2.13.
+with that version does too. (Up to 2.11 at least, the partitioner saves what an `autograd.Function`
+computes inside a checkpointed layer, so QLoRA keeps the output of every quantised product; 2.13
+recomputes it.) Checked against runs and Inductor's code of torch 2.11 on an H100.
 """
 
 from __future__ import annotations
@@ -72,27 +74,24 @@ def compiled_layers() -> Iterator[None]:
         # and gated MLPs are kernels inside the graphs, and keep the same tensors when outside.
         mock.patch.object(liger_semantics, "_call", _uncompiled(liger_semantics._call)),
     ]
-    _forget_compiled()
+    # Code of other models counts towards dynamo's limit of recompilations, before and after.
+    torch._dynamo.reset()
     with contextlib.ExitStack() as stack:
+        stack.callback(torch._dynamo.reset)
         for patch in patches:
             stack.enter_context(patch)
         yield
-    _forget_compiled()
-
-
-def _forget_compiled() -> None:
-    """Drop dynamo's code of other models, which counts towards its limit of recompilations."""
-    torch._dynamo.reset()
 
 
 def _uncompiled(function: Any) -> Any:
-    return torch._dynamo.disable(function)
+    disable: Any = torch._dynamo.disable
+    return disable(function)
 
 
 def _compile(module: torch.nn.Module, **_: Any) -> None:
     """Stand for `Module.compile`."""
     forward: Any = type(module).forward.__get__(module)
-    module.forward = torch.compile(forward, backend=_backend, dynamic=False)  # type: ignore[method-assign]
+    module.forward = torch.compile(forward, backend=_backend, dynamic=False)
 
 
 def _backend(graph: Any, inputs: Sequence[Any]) -> Any:
@@ -141,7 +140,8 @@ def _call_kernel(kernel: Any, *_: Any, **__: Any) -> None:
     from torch._inductor.virtualized import V
 
     _, arguments, _, _ = kernel.args.python_argdefs()
-    V.graph.wrapper_code.writeline(f"fused({', '.join(map(str, arguments))})")
+    program: Any = V.graph.wrapper_code
+    program.writeline(f"fused({', '.join(map(str, arguments))})")
 
 
 def _empty_strided(size: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -157,7 +157,7 @@ def _no_check(*_: Any) -> None:
 
 
 def _run_and_save_state(operation: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run an operation that may draw random numbers; CUDA keeps its generator's state on the host."""
+    """Run an operation that may draw random numbers; a CUDA generator's state is on the host."""
     return torch.empty(0), operation(*args, **kwargs)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from lora_advisor.probes.attention_semantics import attention_patch
+from lora_advisor.probes.attention_semantics import attention_patch, generation
 from lora_advisor.probes.autocast_semantics import cuda_autocast
 from lora_advisor.probes.config import RunConfig
 
@@ -95,9 +95,9 @@ def writes_in_place(func: Any, args: tuple[Any, ...]) -> bool:
 def fake_quantise(layer: Any, values: torch.Tensor) -> None:
     """Give a bitsandbytes layer a 4-bit weight of fake tensors.
 
-    `Params4bit` cannot be made from a fake tensor, so a plain parameter carries the same storages:
-    packed weight, absmax and, doubly quantised, its second level (bitsandbytes/functional.py,
-    quantize_4bit: blocks of 64 weights, second level of 256 constants).
+    `Params4bit` cannot be made from a fake tensor, so a plain parameter carries the same storages,
+    made in the same order: packed weight, scales and, doubly quantised, their second level
+    (bitsandbytes/functional.py, quantize_4bit: blocks of 64 weights, second level of 256 scales).
     """
     import torch
     from bitsandbytes.functional import QuantState
@@ -105,18 +105,19 @@ def fake_quantise(layer: Any, values: torch.Tensor) -> None:
     old = layer.weight
     count = values.numel()
     blocks = -(-count // 64)
+    absmax = torch.empty(blocks, dtype=torch.float32)
     packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8)
     code = torch.empty(16, dtype=torch.float32)
     offset, state2 = None, None
-    absmax = torch.empty(blocks, dtype=torch.uint8 if old.compress_statistics else torch.float32)
     if old.compress_statistics:
         offset = torch.empty((), dtype=torch.float32)
-        state2 = QuantState(
-            absmax=torch.empty(-(-blocks // 256), dtype=torch.float32),
-            blocksize=256,
-            code=torch.empty(256, dtype=torch.float32),
-            dtype=torch.float32,
-        )
+        shifted = torch.empty_like(absmax)
+        second = torch.empty(-(-blocks // 256), dtype=torch.float32)
+        quantised = torch.empty(blocks, dtype=torch.uint8)
+        dynamic = torch.empty(256, dtype=torch.float32)
+        state2 = QuantState(absmax=second, blocksize=256, code=dynamic, dtype=torch.float32)
+        del shifted
+        absmax = quantised
     weight: Any = torch.nn.Parameter(packed, requires_grad=False)
     weight.quant_state = QuantState(
         absmax=absmax,
@@ -152,8 +153,8 @@ def cuda_semantics(
     with contextlib.ExitStack() as stack:
         replace = stack.enter_context
         replace(mock.patch.object(torch.nn.Module, "_apply", _apply))
-        # Full rows: a mask of ones only, and documents within a row only where rows are packed; both
-        # are decided by values.
+        # Full rows: a mask of ones only, and documents within a row only where rows are packed;
+        # both are decided by values.
         replace(mock.patch.object(masking_utils, "is_tracing", lambda *_, **__: config.packing))
         if not config.packing:
             replace(
@@ -178,8 +179,32 @@ def cuda_semantics(
         if config.kernels == "liger":
             for patch in _liger_patches(model):
                 replace(patch)
+        for patch in _grouped_product_patches(capability):
+            replace(patch)
+        # Its loop ends where no value is out of bounds, which fake values never say.
+        replace(mock.patch.object(torch.nn.init, "_no_grad_trunc_normal_", _first))
         replace(mock.patch.object(torch.nn.functional, "dropout", _cuda_dropout))
         yield
+
+
+def _first(tensor: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return tensor
+
+
+def _grouped_product_patches(capability: str | None) -> list[Any]:
+    """Experts without the grouped product, which needs compute capability 8.0 on CUDA.
+
+    Source: transformers/integrations/moe.py, `_can_use_grouped_mm`.
+    """
+    if generation(capability) >= (8, 0):
+        return []
+    try:
+        from transformers.integrations import moe
+    except ImportError:
+        return []
+    if not hasattr(moe, "_can_use_grouped_mm"):
+        return []
+    return [mock.patch.object(moe, "_can_use_grouped_mm", lambda *_, **__: False)]
 
 
 def _apply(module: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
@@ -202,7 +227,7 @@ def _apply(module: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = Tr
 
 
 def _within_peft() -> bool:
-    """Say that there is a GPU to peft's preparation of 4-bit models, which then empties the cache."""
+    """Tell peft's preparation of 4-bit models of a GPU, so that it empties the cache."""
     caller = sys._getframe(2 if sys._getframe(1).f_code.co_name == "__call__" else 1)
     return caller.f_code.co_name == "prepare_model_for_kbit_training"
 

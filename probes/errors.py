@@ -20,6 +20,10 @@ class UsageError(AdvisorError):
     exit_code = 64
 
 
+class UntraceableError(UsageError):
+    """A step that only a probe on a card can measure."""
+
+
 class DataError(AdvisorError):
     """A file that exists but does not hold what it must."""
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 PHASES = ("load", "forward", "backward", "optimizer")
 
@@ -60,12 +66,18 @@ class Work:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trace:
     """What one training step allocates and computes.
 
+    The events (loading, then two steps, in order) stand in four arrays, an entry each: their fields
+    are those of Event, the phase as its number in PHASES.
+
     Attributes:
-        events: Allocations and releases in order: loading, two steps.
+        blocks: int32.
+        sizes: int64.
+        phases: int8.
+        layers: int16.
         owners: Owner of each block that is alive when the steps end, by block number.
         layer_of: Decoder layer of each of these blocks that belongs to one.
         work: Work of the last step by phase and decoder layer (-1 outside of them).
@@ -75,13 +87,78 @@ class Trace:
             decoder layer's.
     """
 
-    events: tuple[Event, ...]
+    blocks: NDArray[Any]
+    sizes: NDArray[Any]
+    phases: NDArray[Any]
+    layers: NDArray[Any]
     owners: Mapping[int, str]
     layer_of: Mapping[int, int]
     work: Mapping[tuple[str, int], Work]
     trainable: int
-    layer_trainable: tuple[int, ...]
-    layer_loaded: tuple[int, ...]
+    layer_trainable: tuple[int, ...] = ()
+    layer_loaded: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, events: Iterable[Event], **rest: Any) -> Self:
+        """Return the trace of a list of events; `rest` are the other fields."""
+        import numpy
+
+        numbers = {phase: number for number, phase in enumerate(PHASES)}
+        rows = [(e.block, e.size, numbers[e.phase], e.layer) for e in events]
+        table = numpy.array(rows, dtype=numpy.int64).reshape(-1, 4)
+        kinds = (numpy.int32, numpy.int64, numpy.int8, numpy.int16)
+        columns = [table[:, i].astype(kind) for i, kind in enumerate(kinds)]
+        return cls(*columns, **rest)
+
+    @cached_property
+    def events(self) -> tuple[Event, ...]:
+        """The events, one by one."""
+        columns = (self.blocks, self.sizes, self.phases, self.layers)
+        return tuple(
+            Event(block, size, PHASES[phase], layer)
+            for block, size, phase, layer in zip(*(c.tolist() for c in columns), strict=True)
+        )
+
+    def to_bytes(self) -> bytes:
+        """Return the trace in a compact form, for a cache."""
+        import json
+        import zlib
+
+        columns = (self.blocks, self.sizes, self.phases, self.layers)
+        head = {
+            "count": len(self.blocks),
+            "owners": list(self.owners.items()),
+            "layer_of": list(self.layer_of.items()),
+            "work": [(*place, dataclasses.asdict(work)) for place, work in self.work.items()],
+            "trainable": self.trainable,
+        }
+        text = json.dumps(head).encode()
+        body = b"".join(column.tobytes() for column in columns)
+        return zlib.compress(len(text).to_bytes(8, "little") + text + body, 1)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Read what `to_bytes` wrote."""
+        import json
+        import zlib
+
+        import numpy
+
+        data = zlib.decompress(data)
+        start = 8 + int.from_bytes(data[:8], "little")
+        head = json.loads(data[8:start])
+        columns = []
+        for kind in (numpy.int32, numpy.int64, numpy.int8, numpy.int16):
+            column = numpy.frombuffer(data, kind, head["count"], start)
+            start += column.nbytes
+            columns.append(column)
+        return cls(
+            *columns,
+            owners={int(block): owner for block, owner in head["owners"]},
+            layer_of={int(block): layer for block, layer in head["layer_of"]},
+            work={(phase, layer): Work(**w) for phase, layer, w in head["work"]},
+            trainable=head["trainable"],
+        )
 
     def total_work(self) -> Work:
         """Return the work of one step."""

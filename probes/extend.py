@@ -159,14 +159,12 @@ class _Copier:
                     self.write(key, long)
             else:
                 self.write_between(key)
-        return Trace(
-            events=tuple(self.events),
+        return Trace.of(
+            self.events,
             owners=self.owners,
             layer_of=self.layer_of,
             work=self.work(),
             trainable=self.trainable(),
-            layer_trainable=(),
-            layer_loaded=(),
         )
 
     def trainable(self) -> int:
@@ -247,59 +245,3 @@ class _Copier:
             elif phase == "optimizer":
                 work[phase, layer] = amount.times(self.trainable() / self.trace.trainable)
         return work
-
-
-def between(low: Trace, high: Trace, *, share: float) -> Trace | None:
-    """Return the trace of a micro-batch between or beyond two others of one configuration.
-
-    Every size and amount of work is affine in the micro-batch as long as the step does the same
-    things in the same order; where the two traces differ in that, there is no answer.
-
-    Args:
-        low: Trace of the smaller micro-batch.
-        high: Trace of the larger one.
-        share: Position of the wanted micro-batch; 0 at `low`, 1 at `high`.
-    """
-    if len(low.events) != len(high.events):
-        return None
-    events = []
-    for a, b in zip(_in_order(low.events), _in_order(high.events), strict=True):
-        if (a.block, a.phase, a.layer, a.size > 0) != (b.block, b.phase, b.layer, b.size > 0):
-            return None
-        events.append(Event(a.block, round(a.size + (b.size - a.size) * share), a.phase, a.layer))
-    work = {}
-    for place, amount in low.work.items():
-        other = high.work.get(place, Work())
-        work[place] = Work(
-            *(
-                getattr(amount, name) + (getattr(other, name) - getattr(amount, name)) * share
-                for name in ("launches", "matmul_flops", "attention_flops", "bytes_moved")
-            )
-        )
-    return Trace(
-        events=tuple(events),
-        owners=low.owners,
-        layer_of=low.layer_of,
-        work=work,
-        trainable=low.trainable,
-        layer_trainable=low.layer_trainable,
-        layer_loaded=low.layer_loaded,
-    )
-
-
-def _in_order(events: Sequence[Event]) -> list[Event]:
-    """Return the events with each run of releases in the order of their blocks.
-
-    What is released together (autocast's casts of the weights, at the end of a pass) is released
-    in an order that follows addresses and differs between two runs of one program.
-    """
-    ordered: list[Event] = []
-    run: list[Event] = []
-    for event in events:
-        if event.size < 0:
-            run.append(event)
-            continue
-        ordered += sorted(run, key=lambda e: e.block)
-        run.clear()
-        ordered.append(event)
-    return ordered + sorted(run, key=lambda e: e.block)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lora_advisor.probes.adapters import lora_config
 from lora_advisor.probes.config import RunConfig
 
 if TYPE_CHECKING:
@@ -55,23 +56,6 @@ class Schedule:
     logging_steps: int | None = None
     eval_rows: Sequence[Row] | None = field(default=None, repr=False)
     eval_batch: int = 1
-
-
-def lora_config(config: RunConfig) -> Any:
-    """Return peft's LoraConfig."""
-    from peft import LoraConfig
-
-    shape = config.lora
-    assert shape is not None
-    targets = shape.targets if isinstance(shape.targets, str) else list(shape.targets)
-    return LoraConfig(
-        r=shape.r,
-        lora_alpha=shape.alpha,
-        lora_dropout=shape.dropout,
-        target_modules=targets,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
 
 
 def training_arguments(config: RunConfig, schedule: Schedule, *, device: str) -> dict[str, Any]:
@@ -183,6 +167,11 @@ def _trl_trainer(
 ) -> Trainer:
     from trl import SFTConfig, SFTTrainer
 
+    # TRL's fused loss asks the configuration for it (trl/trainer/utils.py, `_fused_forward`), where
+    # some have it under another name only (GraniteMoeConfig.num_local_experts).
+    text = model.config.get_text_config()
+    if hasattr(model, "num_experts") and not hasattr(text, "num_experts"):
+        text.num_experts = model.num_experts
     trainer: Trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -196,7 +185,7 @@ def _trl_trainer(
         train_dataset=_dataset(rows),
         eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
         processing_class=tokenizer,
-        peft_config=None if config.method == "full" else lora_config(config),
+        peft_config=None if config.method == "full" else lora_config(config, model),
         callbacks=list(callbacks),
     )
     return trainer
@@ -218,7 +207,7 @@ def _plain_trainer(
 
     trained: Any = model
     if config.method != "full":
-        trained = get_peft_model(model, lora_config(config))
+        trained = get_peft_model(model, lora_config(config, model))
         if config.checkpoint_every is not None:
             trained.enable_input_require_grads()
     kind = _loop_trainer() if config.trainer == "loop" else Trainer
@@ -272,10 +261,17 @@ def _upcast(config: RunConfig, model: PreTrainedModel) -> None:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """Return the repeated layers of a model, first to last."""
+    """Return the repeated layers of a model's decoder, first to last.
+
+    Encoders of images and sounds beside it have such layers too.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    def layers(part: Any) -> list[Any]:
+        return [m for m in part.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    get_decoder = getattr(model, "get_decoder", None)
+    return (layers(get_decoder()) if get_decoder is not None else []) or layers(model)
 
 
 def _dataset(rows: Sequence[Row]) -> Any:

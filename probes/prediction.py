@@ -33,7 +33,7 @@ class MemoryPrediction:
             cached memory.
         instant: Where in the step the peak lies.
         components: Bytes at that instant by owner; they sum to `allocated_bytes`.
-        phases: Peak of live tensors in each phase.
+        phases: Peak of live tensors in each stage: load, forward, loss, backward, optimizer.
         evidence: One of EVIDENCE.
     """
 

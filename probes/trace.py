@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.dataset import random_rows
-from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.errors import AdvisorError, UntraceableError, UsageError
 from lora_advisor.probes.events import Event, Trace, Work
 from lora_advisor.probes.finetune import (
     Schedule,
@@ -56,7 +57,8 @@ def trace_step(
             one.
 
     Raises:
-        UsageError: The configuration belongs to another engine.
+        UsageError: The configuration belongs to another engine, or a library refuses it.
+        UntraceableError: The step depends on values, or fails for want of them.
     """
     if not config.is_buildable:
         raise UsageError(
@@ -68,9 +70,37 @@ def trace_step(
     try:
         with _process_as_it_was():
             return _trace(config, architecture, layers, capability)
+    except AdvisorError:
+        raise
+    except Exception as error:  # what the libraries raise is theirs to choose
+        if os.environ.get("LORA_ADVISOR_DEBUG"):
+            raise
+        raise _refusal(architecture.name, error) from error
     finally:
         gc.collect()
         gc.unfreeze()
+
+
+def _refusal(name: str, error: Exception) -> UsageError:
+    """Say what a failure within a step means to the caller."""
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+    )
+
+    if isinstance(error, DataDependentOutputException | DynamicOutputShapeException):
+        return UntraceableError(
+            f"`{name}` picks rows by their values ({error.func}), which a trace has not; "
+            "probe it on a card."
+        )
+    first = (str(error).strip().splitlines() or [""])[0]
+    reason = f"{type(error).__name__}: {first}"
+    if isinstance(error, RuntimeError):
+        # PyTorch's own kind: a guessed value (`cuda_semantics.answer`) may be behind it.
+        return UntraceableError(
+            f"the step of `{name}` cannot be traced ({reason}); probe it on a card."
+        )
+    return UsageError(f"`{name}` cannot be trained like this: {reason}")
 
 
 def _trace(
@@ -378,8 +408,8 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
             for value in state.values():
                 if hasattr(value, "untyped_storage") and value.device.type != "meta":
                     claim(value, "optimizer", parameter)
-        return Trace(
-            events=tuple(self.events),
+        return Trace.of(
+            self.events,
             owners=owners,
             layer_of=layer_of,
             work=dict(self.work),

@@ -10,7 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lora_advisor.probes.architectures import Architecture, attention_of, build_hf_config
+from lora_advisor.probes.architectures import (
+    Architecture,
+    attention_of,
+    build_hf_config,
+    causal_model_of,
+)
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import MissingInputError, UnavailableError, UsageError
 
@@ -59,7 +64,7 @@ def load_model(config: RunConfig, architecture: Architecture, device: str) -> Pr
         return random_model(config, architecture, device, quantise=quantise_layer)
     from transformers import AutoModelForCausalLM
 
-    _require_attention(config, architecture)
+    _require_buildable(config, architecture)
     extra = {"quantization_config": quantization_config(config)} if config.method == "qlora" else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -105,7 +110,7 @@ def skeleton(
     from transformers.initialization import no_init_weights
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    _require_attention(config, architecture)
+    _require_buildable(config, architecture)
     hf_config = build_hf_config(architecture, layers=layers)
     build: Any = AutoModelForCausalLM.from_config  # transformers leaves it untyped
     with torch.device("meta"), no_init_weights():
@@ -124,12 +129,19 @@ def skeleton(
     return model  # type: ignore[no-any-return]
 
 
-def _require_attention(config: RunConfig, architecture: Architecture) -> None:
-    """Refuse an attention that the architecture does not have.
+def _require_buildable(config: RunConfig, architecture: Architecture) -> None:
+    """Refuse an architecture or an attention that transformers does not have.
 
     Raises:
-        UsageError: Naming the one it has.
+        UsageError: Naming what is missing, or the attention it has.
     """
+    brings_code = architecture.trust_remote_code and "auto_map" in architecture.hf_config
+    if causal_model_of(architecture) is None and not brings_code:
+        raise UsageError(
+            f"`{architecture.name}` is of model type {architecture.hf_config['model_type']!r}, for "
+            "which transformers has no causal language model; give the figures of its language "
+            "model alone, where it has one."
+        )
     if config.attention == "sdpa" and attention_of(architecture) != "sdpa":
         raise UsageError(
             f'`attention` must be "eager" for `{architecture.name}`, which transformers builds '
@@ -174,6 +186,8 @@ def fill(
                 module.out_features, module.in_features, dtype=dtype, device=device
             )
             quantise(module, values.normal_(0.0, 0.02))
+            # Some parents initialise their children's weights (modeling_gpt2.py, `_init_weights`).
+            module.weight._is_hf_initialized = True
             del values
             continue
         if id(old) not in made:

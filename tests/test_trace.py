@@ -16,7 +16,8 @@ from lora_advisor.probes import trace as tracing
 from lora_advisor.probes.architectures import attention_of, bundled_names, resolve_architecture
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.events import Trace
-from lora_advisor.probes.extend import between, trace_all_layers
+from lora_advisor.probes.extend import trace_all_layers
+from lora_advisor.probes.interpolate import between
 from lora_advisor.probes.trace import trace_step
 
 #: Rows of the recording by what they show.

@@ -1,0 +1,130 @@
+"""Replay a trace on a card's allocator: the peaks, where they lie and what they are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy
+
+from lora_advisor.models.allocator import MIB, Replay, replay
+from lora_advisor.models.traced import TracedMemory
+from lora_advisor.probes.events import PHASES, Trace
+
+
+#: How close to a cap the smallest one survived is looked for, as a share of the cap: outside, the
+#: answer is the same whatever it is.
+_NEAR = 0.1
+
+
+def traced_memory(
+    trace: Trace, *, expandable: bool, cap_bytes: int | None = None
+) -> TracedMemory:
+    """Replay a trace on a card's allocator.
+
+    Args:
+        trace: The trace.
+        expandable: Whether the allocator's segments expand.
+        cap_bytes: What the allocator may take; the smallest cap survived is looked for only where
+            that may decide. None to look for it in any case.
+    """
+    events = staged(trace)
+    result = replay(events, expandable=expandable)
+    smallest = result.reserved_bytes
+    if cap_bytes is not None and result.allocated_bytes > cap_bytes * (1 + _NEAR):
+        smallest = result.allocated_bytes
+    elif cap_bytes is None or result.reserved_bytes > cap_bytes * (1 - _NEAR):
+        smallest = needed(events, result, expandable=expandable)
+    return TracedMemory(
+        allocated_bytes=result.allocated_bytes,
+        reserved_bytes=result.reserved_bytes,
+        needed_bytes=smallest,
+        instant=instant(trace, result.peak_index, events),
+        components=components(trace, events, result),
+        phases=result.phase_peaks,
+    )
+
+
+def staged(trace: Trace) -> list[tuple[int, int, str]]:
+    """Return the trace's events as the allocator's replay takes them, each with its stage.
+
+    The stages are those of PHASES with the loss apart: what runs between the last layer's forward
+    pass and the same layer's backward pass.
+    """
+    names = numpy.array([*PHASES, "loss"], dtype=object)
+    inside = trace.layers >= 0
+    # Outside the layers; in the forward pass after them, in the backward pass before them.
+    turn = numpy.cumsum(numpy.diff(trace.phases, prepend=trace.phases[:1]) != 0)
+    seen = numpy.zeros(len(turn), dtype=bool)
+    for number in range(int(turn[-1]) + 1 if len(turn) else 0):
+        here = turn == number
+        seen[here] = numpy.maximum.accumulate(inside[here])
+    loss = ~inside & (
+        ((trace.phases == PHASES.index("forward")) & seen)
+        | ((trace.phases == PHASES.index("backward")) & ~seen)
+    )
+    stages = numpy.where(loss, len(PHASES), trace.phases)
+    return list(
+        zip(trace.blocks.tolist(), trace.sizes.tolist(), names[stages].tolist(), strict=True)
+    )
+
+
+def needed(events: list[tuple[int, int, str]], free: Replay, *, expandable: bool) -> int:
+    """Return the smallest cap, to 16 MiB, under which the events run through."""
+    low, high = free.allocated_bytes, max(free.reserved_bytes, free.allocated_bytes)
+    while high - low > 16 * MIB:
+        middle = (low + high) // 2
+        if replay(events, cap_bytes=middle, expandable=expandable).survived:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def instant(trace: Trace, index: int, events: list[tuple[int, int, str]]) -> str:
+    """Name the instant of an event for people."""
+    stage, layer = events[index][2], int(trace.layers[index])
+    if stage == "loss":
+        return "loss" if PHASES[trace.phases[index]] == "forward" else "gradient of the loss"
+    if stage in ("load", "optimizer"):
+        return {"load": "loading", "optimizer": "optimizer step"}[stage]
+    return f"{stage} pass" + (" of a layer" if layer >= 0 else "")
+
+
+@dataclass
+class _Life:
+    """Birth and death of a block."""
+
+    size: int
+    born: str
+    born_at: int
+    died: str | None = None
+    died_at: int = field(default=1 << 62)
+
+
+def components(trace: Trace, events: list[tuple[int, int, str]], result: Replay) -> dict[str, int]:
+    """Return the bytes in use at the peak by owner; rounding is counted as "rounding"."""
+    lives: dict[int, _Life] = {}
+    for index, (block, size, _) in enumerate(events):
+        phase = PHASES[trace.phases[index]]
+        if size > 0:
+            lives[block] = _Life(size, phase, index)
+        elif size < 0:
+            lives[block].died, lives[block].died_at = phase, index
+    totals: dict[str, int] = {}
+    for block, life in lives.items():
+        if life.born_at <= result.peak_index < life.died_at:
+            owner = _owner(block, life, trace.owners)
+            totals[owner] = totals.get(owner, 0) + life.size
+    totals["rounding"] = result.allocated_bytes - sum(totals.values())
+    return totals
+
+
+def _owner(block: int, life: _Life, owners: Mapping[int, str]) -> str:
+    if block in owners:
+        return owners[block]
+    if life.born == "backward" and life.died == "optimizer":
+        return "gradients"
+    if life.born == "forward" and life.died == "backward":
+        return "activations"
+    return "working set"
