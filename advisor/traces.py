@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Processes that trace side by side; each holds 0.6 GiB.
 _WORKERS = 16
+#: Traces that must be spared for workers to be worth their start, which imports for 7 s.
+_WORTH_WORKERS = 5
 #: From here on a step does the same things whatever the micro-batch: TRL's loss takes tiles of 4096
 #: tokens (trl/kernels/chunked_logprob.py), bitsandbytes changes kernels below.
 REGULAR_TOKENS = 4096
@@ -97,12 +99,13 @@ class TraceStore:
                 missing.append(config)
             else:
                 self.traces[config] = known
-        workers = min(os.cpu_count() or 1, _WORKERS, len(missing))
-        if workers < 2:
+        cores = os.cpu_count() or 1
+        workers = min(cores, _WORKERS, len(missing))
+        if workers < 2 or len(missing) * (1 - 1 / cores) < _WORTH_WORKERS:
             return
         from joblib import Parallel, delayed
 
-        made = Parallel(n_jobs=workers, backend=_backend())(
+        made = Parallel(n_jobs=workers)(
             delayed(trace_quietly)(config, self.architecture, self.capability) for config in missing
         )
         self.traces.update(zip(missing, made, strict=True))
@@ -195,18 +198,6 @@ def trace_quietly(
 def resized(config: RunConfig, size: Size) -> RunConfig:
     """Return a configuration with another micro-batch and sequence length."""
     return config.replace(micro_batch=size[0], seq_len=size[1])
-
-
-def _backend() -> str:
-    """Return how joblib shall make workers.
-
-    A fork has the libraries imported already, 7 s a worker; but a process with a CUDA context must
-    not fork.
-    """
-    import torch
-
-    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return "loky" if started or os.name == "nt" else "multiprocessing"
 
 
 def _summed(trace: Trace) -> tuple[Work, Work]:

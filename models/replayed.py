@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
 import numpy
 
 from lora_advisor.models.allocator import MIB, Replay, replay
@@ -40,7 +37,7 @@ def traced_memory(
         reserved_bytes=result.reserved_bytes,
         needed_bytes=smallest,
         instant=instant(trace, result.peak_index, events),
-        components=components(trace, events, result),
+        components=components(trace, result),
         phases=result.phase_peaks,
     )
 
@@ -91,40 +88,29 @@ def instant(trace: Trace, index: int, events: list[tuple[int, int, str]]) -> str
     return f"{stage} pass" + (" of a layer" if layer >= 0 else "")
 
 
-@dataclass
-class _Life:
-    """Birth and death of a block."""
-
-    size: int
-    born: str
-    born_at: int
-    died: str | None = None
-    died_at: int = field(default=1 << 62)
-
-
-def components(trace: Trace, events: list[tuple[int, int, str]], result: Replay) -> dict[str, int]:
+def components(trace: Trace, result: Replay) -> dict[str, int]:
     """Return the bytes in use at the peak by owner; rounding is counted as "rounding"."""
-    lives: dict[int, _Life] = {}
-    for index, (block, size, _) in enumerate(events):
-        phase = PHASES[trace.phases[index]]
-        if size > 0:
-            lives[block] = _Life(size, phase, index)
-        elif size < 0:
-            lives[block].died, lives[block].died_at = phase, index
+    births = numpy.flatnonzero(trace.sizes > 0)
+    deaths = numpy.flatnonzero(trace.sizes < 0)
+    died_at = numpy.full(int(trace.blocks.max(initial=0)) + 1, len(trace.sizes))
+    died_at[trace.blocks[deaths]] = deaths
+    died_at = died_at[trace.blocks[births]]
+    lives = (births <= result.peak_index) & (died_at > result.peak_index)
     totals: dict[str, int] = {}
-    for block, life in lives.items():
-        if life.born_at <= result.peak_index < life.died_at:
-            owner = _owner(block, life, trace.owners)
-            totals[owner] = totals.get(owner, 0) + life.size
+    for born, died in zip(births[lives].tolist(), died_at[lives].tolist(), strict=True):
+        owner = _owner(trace, born, died)
+        totals[owner] = totals.get(owner, 0) + int(trace.sizes[born])
     totals["rounding"] = result.allocated_bytes - sum(totals.values())
     return totals
 
 
-def _owner(block: int, life: _Life, owners: Mapping[int, str]) -> str:
-    if block in owners:
-        return owners[block]
-    if life.born == "backward" and life.died == "optimizer":
+def _owner(trace: Trace, born: int, died: int) -> str:
+    """Return whose a block is that is born and dies at these events."""
+    owner = trace.owners.get(int(trace.blocks[born]))
+    if owner is not None:
+        return owner
+    first = PHASES[trace.phases[born]]
+    last = PHASES[trace.phases[died]] if died < len(trace.phases) else None
+    if first == "backward" and last == "optimizer":
         return "gradients"
-    if life.born == "forward" and life.died == "backward":
-        return "activations"
-    return "working set"
+    return "activations" if (first, last) == ("forward", "backward") else "working set"

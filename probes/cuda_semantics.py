@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 def traced_config(config: RunConfig) -> RunConfig:
     """Return the configuration whose CPU form allocates what `config` does on CUDA.
 
-    fp16 and bf16 have the same size, and the CPU has no fp16 autocast with loss scaling. Compiled
-    code is traced as its eager form, Liger's kernels are put in by `liger_semantics`.
+    fp16 and bf16 have the same size, and the CPU has no fp16 autocast with loss scaling. A model
+    that is compiled as a whole is traced as its eager form; compiled layers are put in by
+    `compiled_semantics`, Liger's kernels by `liger_semantics`.
     """
-    changes: dict[str, Any] = {"compile": "off"}
+    changes: dict[str, Any] = {"compile": "off"} if config.compile == "model" else {}
     if config.precision == "fp16" and config.trainer != "loop":
         changes["precision"] = "bf16"
     if config.attention == "flash_attention_2":
@@ -136,13 +137,19 @@ def fake_quantise(layer: Any, values: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def cuda_semantics(
-    config: RunConfig, model: Any, capability: str | None, empty_cache: Callable[[], None]
+    config: RunConfig,
+    model: Any,
+    *,
+    precision: str,
+    capability: str | None,
+    empty_cache: Callable[[], None],
 ) -> Iterator[None]:
     """Put CUDA's behaviour in place of the CPU's while a step of `model` is traced.
 
     Args:
         config: What is traced.
         model: The model it runs.
+        precision: What it stands for; `config` has the one that the CPU can run.
         capability: Of the card.
         empty_cache: Called where the step gives the allocator's cache back to the driver.
     """
@@ -184,6 +191,11 @@ def cuda_semantics(
         # Its loop ends where no value is out of bounds, which fake values never say.
         replace(mock.patch.object(torch.nn.init, "_no_grad_trunc_normal_", _first))
         replace(mock.patch.object(torch.nn.functional, "dropout", _cuda_dropout))
+        replace(mock.patch.object(torch.nn.functional, "softmax", _cuda_softmax(precision)))
+        if config.compile == "layers":
+            from lora_advisor.probes.compiled_semantics import compiled_layers
+
+            replace(compiled_layers())
         yield
 
 
@@ -329,3 +341,49 @@ def _cuda_dropout(
     if p == 0 or not training:
         return input
     return torch.native_dropout(input, p, training)[0]
+
+
+def _cuda_softmax(precision: str) -> Callable[..., Any]:
+    """Softmax that widens fp16 as it reads (native/cuda/SoftMax.cu, `host_softmax`).
+
+    The CPU, and CUDA for bf16, make a copy in fp32 first.
+    """
+    import torch
+
+    softmax = torch.nn.functional.softmax
+
+    def run(
+        input: torch.Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
+    ) -> Any:
+        half = input.dtype in (torch.float16, torch.bfloat16)
+        if precision == "fp16" and half and dtype is torch.float32 and dim is not None:
+            return _half_softmax(input, dim)
+        return softmax(input, dim=dim, _stacklevel=_stacklevel, dtype=dtype)
+
+    return run
+
+
+def _half_softmax(input: torch.Tensor, dim: int) -> Any:
+    """Softmax of half-precision numbers in fp32, without a copy of them in fp32."""
+    import torch
+
+    class HalfSoftmax(torch.autograd.Function):
+        """aten::_softmax with half_to_float, which the CPU has for no type."""
+
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            out = torch.empty(x.shape, dtype=torch.float32)
+            ctx.save_for_backward(out)
+            ctx.kind = x.dtype
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            (out,) = ctx.saved_tensors
+            product = grads[0] * out
+            result = torch.empty(product.shape, dtype=ctx.kind)
+            del product
+            return result
+
+    apply: Any = HalfSoftmax.apply
+    return apply(input)

@@ -40,17 +40,12 @@ def trace_all_layers(
     if total is not None:
         period = _period(config, architecture)
         few = _GROUPS * period + total % period
-        if few + period <= total and not _takes_all_at_once(config):
+        if few + period <= total:
             trace = trace_step(config, architecture, layers=few, capability=capability)
             extended = _extend(trace, period=period, copies=(total - few) // period)
             if extended is not None:
                 return extended
     return trace_step(config, architecture, capability=capability)
-
-
-def _takes_all_at_once(config: RunConfig) -> bool:
-    """Whether the optimizer's temporaries grow with the layers: its lists of all parameters."""
-    return config.method == "full" and "fused" not in config.optimizer
 
 
 def _period(config: RunConfig, architecture: Architecture) -> int:

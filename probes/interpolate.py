@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Micro-batch and sequence length.
 Size = tuple[int, int]
 
-_MONOMIALS: tuple[Callable[[int, int], int], ...] = (
+MONOMIALS: tuple[Callable[[int, int], int], ...] = (
     lambda b, s: 1,
     lambda b, s: b * s,
     lambda b, s: s,
@@ -52,16 +52,27 @@ class Family:
             return None
         return _mixed(self._traces, shares)
 
+    def agrees(self, size: Size, made: Trace, *, within: int) -> bool:
+        """Whether what follows for a size is what its own trace holds, to `within` bytes a block."""
+        import numpy
+
+        own, following = _in_order(made), self.at(size)
+        return (
+            following is not None
+            and _same_kind(following, own)
+            and int(numpy.abs(following.sizes - own.sizes).max()) <= within
+        )
+
     def _shares(self, size: Size) -> NDArray[Any] | None:
         """Return how much of each trace there is in that of `size`."""
         import numpy
 
         count = len(self.sizes)
-        rows = numpy.array([[m(*known) for m in _MONOMIALS[:count]] for known in self.sizes], float)
+        rows = numpy.array([[m(*known) for m in MONOMIALS[:count]] for known in self.sizes], float)
         scale = numpy.abs(rows).max(axis=0)
         if numpy.linalg.cond(rows / scale) > 1e6:
             return None
-        wanted = numpy.array([m(*size) for m in _MONOMIALS[:count]], float)
+        wanted = numpy.array([m(*size) for m in MONOMIALS[:count]], float)
         solved: NDArray[Any] = numpy.linalg.solve((rows / scale).T, wanted / scale)
         return solved
 

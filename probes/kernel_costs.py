@@ -23,11 +23,13 @@ class Cost:
     Attributes:
         temporaries: Bytes of each block that lives only while the operation runs.
         multiplies: Whether it calls cuBLAS.
+        fuses: Whether it calls cuBLASLt, which adds a bias to a product.
         work: Given the result, the work of the operation.
     """
 
     temporaries: tuple[int, ...]
     multiplies: bool
+    fuses: bool
     work: Callable[[Any], Work]
 
 
@@ -41,18 +43,26 @@ def describe(
         temporaries = _gemm_4bit_temporaries(args, kwargs)
     elif "scaled_dot_product" in name and "backward" in name:
         temporaries = _attention_temporaries(args, kwargs, capability)
+    elif name.startswith("aten::_softmax_backward_data"):
+        # aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out: tmp = grad * output
+        temporaries = (args[0].numel() * args[0].element_size(),)
     multiplies = bool(temporaries) if "gemm_4bit" in name else _multiplies(name)
-    return Cost(temporaries, multiplies, lambda result: _work(name, args, result))
+    fuses = name.startswith("aten::addmm") and args[0].dim() == 1
+    return Cost(temporaries, multiplies, fuses, lambda result: _work(name, args, result))
 
 
-def library_workspaces(capability: str | None) -> tuple[int, ...]:
-    """Return the bytes that cuBLAS and cuBLASLt take for each thread that multiplies.
+#: What cuBLASLt takes for each thread (aten/src/ATen/cuda/CUDABlas.cpp, _getWorkspaceSize).
+FUSED_WORKSPACE = MIB
+
+
+def product_workspace(capability: str | None) -> int:
+    """Return the bytes that cuBLAS takes for each thread that multiplies.
 
     aten/src/ATen/cuda/CUDABlas.cpp, parseChosenWorkspaceSize: 4096 KiB x 8 on Hopper and data
-    centre Blackwell, 4096 KiB x 2 + 16 KiB x 8 elsewhere; _getWorkspaceSize: 1 MiB.
+    centre Blackwell, 4096 KiB x 2 + 16 KiB x 8 elsewhere.
     """
     large = generation(capability)[0] in (9, 10)
-    return (8 * 4 * MIB if large else 2 * 4 * MIB + 8 * 16 * 1024, MIB)
+    return 8 * 4 * MIB if large else 2 * 4 * MIB + 8 * 16 * 1024
 
 
 #: Up to this many rows bitsandbytes multiplies with packed weights (backends/cuda/ops.py,

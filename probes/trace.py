@@ -5,7 +5,7 @@ are real, no memory is touched, no GPU and no weights are needed. Each storage t
 allocation, each that dies a release. Where CUDA's semantics differ from the CPU's that the fake
 tensors stand on, `cuda_semantics` says so.
 
-What is not covered: compiled graphs (traced as their eager form), offloaded checkpoints' pinned
+What is not covered: a model compiled as a whole (traced as its eager form), offloaded checkpoints' pinned
 host memory, flash_attention_2's own package (traced as PyTorch's flash kernel, which it equals).
 """
 
@@ -34,6 +34,8 @@ from lora_advisor.probes.weights import fill, loaded_bytes, skeleton, weights_dt
 
 if TYPE_CHECKING:
     import torch
+
+    from lora_advisor.probes.kernel_costs import Cost
 
 
 def trace_step(
@@ -64,9 +66,7 @@ def trace_step(
         raise UsageError(
             f"`trainer` {config.trainer!r} is another engine, whose step cannot be built here."
         )
-    # What is alive now outlives the trace: the collector need not look at it again and again.
-    gc.collect()
-    gc.freeze()
+    _freeze_once()
     try:
         with _process_as_it_was():
             return _trace(config, architecture, layers, capability)
@@ -78,7 +78,6 @@ def trace_step(
         raise _refusal(architecture.name, error) from error
     finally:
         gc.collect()
-        gc.unfreeze()
 
 
 def _refusal(name: str, error: Exception) -> UsageError:
@@ -103,6 +102,16 @@ def _refusal(name: str, error: Exception) -> UsageError:
     return UsageError(f"`{name}` cannot be trained like this: {reason}")
 
 
+@functools.cache
+def _freeze_once() -> None:
+    """Have the collector leave alone what the libraries made when they were imported.
+
+    That is some million objects, which it would look at again and again while a step is traced.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def _trace(
     config: RunConfig, architecture: Architecture, layers: int | None, capability: str | None
 ) -> Trace:
@@ -111,12 +120,12 @@ def _trace(
 
     from lora_advisor.probes.cuda_semantics import fake_quantise, traced_config
 
-    gradients_stay = config.accumulation > 1
+    gradients_stay, precision = config.accumulation > 1, config.precision
     config = traced_config(config).replace(accumulation=1)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder(capability)
     model = skeleton(config, architecture, "cpu", layers=layers)
-    with _quiet(), fake_mode, _semantics(config, model, recorder), recorder:
+    with _quiet(), fake_mode, _semantics(config, model, precision, recorder), recorder:
         loaded = tuple(loaded_bytes(model, layer) for layer in decoder_layers(model))
         fill(model, weights_dtype(config), "cpu", fake_quantise, on_gpu=True)
         vocab_size = model.config.get_text_config().vocab_size
@@ -143,10 +152,16 @@ def _trace(
         return traced
 
 
-def _semantics(config: RunConfig, model: Any, recorder: Recorder) -> Any:
+def _semantics(config: RunConfig, model: Any, precision: str, recorder: Recorder) -> Any:
     from lora_advisor.probes.cuda_semantics import cuda_semantics
 
-    return cuda_semantics(config, model, recorder.capability, recorder.empty_cache)
+    return cuda_semantics(
+        config,
+        model,
+        precision=precision,
+        capability=recorder.capability,
+        empty_cache=recorder.empty_cache,
+    )
 
 
 class _FakeLoader:
@@ -227,8 +242,13 @@ def _phase_callback(recorder: Recorder) -> Any:
             recorder.phase, recorder.layer = "forward", -1
             recorder.work.clear()
 
-        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
             recorder.phase = "optimizer"
+            place = _places(kwargs["model"])
+            recorder.listed = {
+                len(group["params"]): [place.get(id(p), -1) for p in group["params"]]
+                for group in kwargs["optimizer"].param_groups
+            }
 
         def on_optimizer_step(self, *_: Any, **__: Any) -> None:
             recorder.phase = "optimizer"
@@ -274,11 +294,15 @@ def _quiet() -> Iterator[None]:
 
     level = logging.get_verbosity()
     logging.set_verbosity(levels.ERROR)
+    # Logs the stack of what it raises, which `_refusal` says in one sentence.
+    fake_tensor = levels.getLogger("torch._subclasses.fake_tensor")
+    disabled, fake_tensor.disabled = fake_tensor.disabled, True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        fake_tensor.disabled = disabled
         logging.set_verbosity(level)
 
 
@@ -291,6 +315,11 @@ def _dispatch_mode() -> type:
 class Recorder(_dispatch_mode()):  # type: ignore[misc]
     """Notes each storage when it first appears and when it dies, and the work of each operation."""
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let dynamo compile under this mode (`compiled_semantics`)."""
+        return True
+
     def __init__(self, capability: str | None) -> None:
         """Start in the loading phase with nothing recorded."""
         super().__init__()
@@ -302,8 +331,11 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         self.closed = False
         self._known: dict[int, int] = {}  # storage's address -> block
         self._count = 0
-        self._multiplied: set[str] = set()  # phases whose thread has its workspaces
+        self._multiplied: set[tuple[str, int]] = set()  # which workspaces each thread has
         self._workspaces: list[int] = []
+        #: Layers of an optimizer's parameters, by their number: foreach optimizers take lists.
+        self.listed: dict[int, list[int]] = {}
+        self._layer_of: dict[int, int] = {}
 
     def __torch_dispatch__(
         self,
@@ -323,8 +355,7 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
             result = args[0]
         if result is NotImplemented:
             temporaries = [self.allocate(size) for size in cost.temporaries]
-            if cost.multiplies:
-                self._take_workspaces()
+            self._take_workspaces(cost)
             result = func(*args, **kwargs)
             self._note(result)
             for block in temporaries:
@@ -349,13 +380,18 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         """Note that the allocator's free segments go back to the driver."""
         self.events.append(Event(0, 0, self.phase, self.layer))
 
-    def _take_workspaces(self) -> None:
-        """Note the workspaces of the thread that runs this phase, at its first product."""
-        from lora_advisor.probes.kernel_costs import library_workspaces
+    def _take_workspaces(self, cost: Cost) -> None:
+        """Note the workspaces of the thread that runs this phase, where they are first needed."""
+        from lora_advisor.probes.kernel_costs import FUSED_WORKSPACE, product_workspace
 
-        if self.phase in ("forward", "backward") and self.phase not in self._multiplied:
-            self._multiplied.add(self.phase)
-            for size in library_workspaces(self.capability):
+        if self.phase not in ("forward", "backward"):
+            return
+        for needed, size in (
+            (cost.multiplies, product_workspace(self.capability)),
+            (cost.fuses, FUSED_WORKSPACE),
+        ):
+            if needed and (self.phase, size) not in self._multiplied:
+                self._multiplied.add((self.phase, size))
                 self._workspaces.append(self.allocate(size)[0])
 
     def _note(self, result: Any) -> None:
@@ -372,8 +408,16 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
             self._known[key] = block[0]
             weakref.finalize(storage, self._died, key, block)
         elif isinstance(result, list | tuple):
-            for part in result:
+            for index, part in enumerate(result):
                 self._note(part)
+                if self.phase == "optimizer" and len(result) in self.listed:
+                    self._place(part, self.listed[len(result)][index])
+
+    def _place(self, tensor: Any, layer: int) -> None:
+        """Note that a tensor in a list of all parameters belongs to one's decoder layer."""
+        block = self._known.get(tensor.untyped_storage()._cdata)
+        if block is not None and layer >= 0:
+            self._layer_of[block] = layer
 
     def _died(self, key: int, block: tuple[int, int]) -> None:
         self._known.pop(key, None)
@@ -387,9 +431,9 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
             loaded: Bytes reserved for each decoder layer before it was loaded.
         """
         owners: dict[int, str] = dict.fromkeys(self._workspaces, "workspace")
-        layer_of: dict[int, int] = {}
+        layer_of = dict(self._layer_of)
         layers = decoder_layers(trainer.model)
-        place = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
+        place = _places(trainer.model)
 
         def claim(tensor: Any, owner: str, parameter: Any = None) -> None:
             block = self._known.get(tensor.untyped_storage()._cdata)
@@ -417,6 +461,12 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
             layer_trainable=tuple(_trainable(layer) for layer in layers),
             layer_loaded=loaded,
         )
+
+
+def _places(model: Any) -> dict[int, int]:
+    """Return the decoder layer of each parameter that belongs to one, by the parameter's id."""
+    layers = decoder_layers(model)
+    return {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
 
 
 def _trainable(module: Any) -> int:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from lora_advisor.probes import architectures
 from lora_advisor.probes.architectures import (
     build_hf_config,
     bundled_names,
+    from_hf_config,
     load_bundled,
     resolve_architecture,
 )
@@ -118,6 +121,58 @@ def test_fewer_layers_can_be_asked_for() -> None:
     assert build_hf_config(load_bundled("gemma-3-1b"), layers=2).num_hidden_layers == 2
 
 
+COMMON: dict[str, Any] = {"vocab_size": 256, "num_attention_heads": 4}
+TEXT = {**COMMON, "hidden_size": 64, "num_hidden_layers": 6, "intermediate_size": 128}
+
+#: Figures of six layers, under the names that the published config.json of each type has.
+SIX_LAYERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 256, "n_embd": 64, "n_head": 4, "n_layer": 6},
+    "mpt": {"vocab_size": 256, "d_model": 64, "n_heads": 4, "n_layers": 6},
+    "gemma3": {"text_config": {**TEXT, "model_type": "gemma3_text", "head_dim": 16}},
+    "gemma3, its language model's type left out": {"text_config": {**TEXT, "head_dim": 16}},
+    "gemma3n_text": {
+        **TEXT,
+        "head_dim": 16,
+        "num_kv_shared_layers": 0,
+        "intermediate_size": [128] * 3 + [256] * 3,
+        "layer_types": (["sliding_attention"] * 2 + ["full_attention"]) * 2,
+        "activation_sparsity_pattern": [0.95] * 3 + [0.0] * 3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SIX_LAYERS)
+def test_layers_are_counted_and_cut_under_any_name(name: str) -> None:
+    figures = {"model_type": name.split(",")[0], **SIX_LAYERS[name]}
+    architecture = from_hf_config("six", figures)
+
+    assert architecture.num_layers == 6
+    assert build_hf_config(architecture).get_text_config().num_hidden_layers == 6
+    cut = build_hf_config(architecture, layers=4).get_text_config()
+    assert cut.num_hidden_layers == 4
+    if "intermediate_size" in figures:
+        assert cut.intermediate_size == [128, 128, 128, 256]
+        assert cut.activation_sparsity_pattern == [0.95, 0.95, 0.95, 0.0]
+        assert len(cut.layer_types) == 4
+
+
+def test_decoder_layers_beside_an_encoder_are_not_counted() -> None:
+    figures = {"is_encoder_decoder": True, "num_hidden_layers": 2, "decoder_layers": 3}
+
+    assert from_hf_config("two", {"model_type": "bart", **figures}).num_layers is None
+
+
+def test_figures_under_the_common_name_are_read_without_transformers(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "mine")
+    code = (
+        "import sys; from lora_advisor.probes.architectures import resolve_architecture; "
+        f"print(resolve_architecture({str(folder)!r}).num_layers, 'transformers' in sys.modules)"
+    )
+    child = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+
+    assert child.stdout.split() == ["2", "False"]
+
+
 def test_a_folder_with_safetensors_brings_weights(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "mine")
     assert resolve_architecture(str(folder)).weights is None
@@ -187,6 +242,22 @@ def test_a_config_that_is_no_json_object_is_a_data_error(tmp_path: Path, content
         ({"hidden_size": 64.5}, "`hidden_size` must be a whole number"),
         ({"vocab_size": 10**9}, "`vocab_size` must be at most"),
         ({"num_attention_heads": 5}, "`num_attention_heads` must divide `hidden_size`"),
+        ({"intermediate_size": [128, 0]}, "`intermediate_size` must be a whole number"),
+        ({"intermediate_size": []}, "`intermediate_size` must be a whole number"),
+        ({"hidden_size": [64, 64]}, "`hidden_size` must be a whole number"),
+        ({"model_type": "gpt2", "num_hidden_layers": None}, "`n_layer` must be given"),
+        (
+            {"model_type": "gpt2", "num_hidden_layers": None, "n_layer": "6"},
+            "`n_layer` must be a whole number",
+        ),
+        (
+            {"model_type": "mpt", "num_hidden_layers": None, "n_layers": 10**6},
+            "`n_layers` must be at most 2000",
+        ),
+        (
+            {"model_type": "gemma3", "text_config": {"num_hidden_layers": 0}},
+            "`text_config`: `num_hidden_layers` must be a whole number",
+        ),
         ({"num_key_value_heads": 3}, "`num_key_value_heads` must divide `num_attention_heads`"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_advisor.models.memory import traced_memory
+from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes.architectures import from_hf_config
 from lora_advisor.probes.compiled_semantics import compiled_layers
 from lora_advisor.probes.events import Event

@@ -11,10 +11,11 @@ import pytest
 import torch
 from recorded import configure, h100_runs, tiny, trace_of
 
-from lora_advisor.models.memory import TracedMemory, traced_memory
+from lora_advisor.models.replayed import traced_memory
+from lora_advisor.models.traced import TracedMemory
 from lora_advisor.probes import trace as tracing
 from lora_advisor.probes.architectures import attention_of, bundled_names, resolve_architecture
-from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.errors import AdvisorError, DataError, UntraceableError, UsageError
 from lora_advisor.probes.events import Trace
 from lora_advisor.probes.extend import trace_all_layers
 from lora_advisor.probes.interpolate import between
@@ -36,8 +37,8 @@ ROWS = {
 }
 
 
-def memory_of(trace: Trace, capability: str = "9.0") -> TracedMemory:
-    return traced_memory(trace, capability, expandable=False, ample_bytes=1 << 60)
+def memory_of(trace: Trace) -> TracedMemory:
+    return traced_memory(trace, expandable=False, cap_bytes=1 << 60)
 
 
 @pytest.mark.parametrize("number", ROWS, ids=ROWS.values())
@@ -155,8 +156,42 @@ def test_a_trace_that_fails_leaves_the_process_as_it_was() -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("inside")
 
-    with mock.patch.object(tracing, "_mark_layers", fail), pytest.raises(RuntimeError):
+    with mock.patch.object(tracing, "_mark_layers", fail), pytest.raises(UntraceableError):
         trace_step(configure(kernels="liger"), tiny(), layers=2)
+
+
+#: What a library raises, the kind of error it becomes, and words of its sentence.
+FAILURES: list[tuple[Exception, type[AdvisorError], str]] = [
+    (ValueError("no\nand more"), UsageError, "`tiny` cannot be trained like this: ValueError: no"),
+    (KeyError("x"), UsageError, "`tiny` cannot be trained like this: KeyError: 'x'"),
+    (RuntimeError("shapes"), UntraceableError, "(RuntimeError: shapes); probe it on a card."),
+    (DataError("as it is"), DataError, "as it is"),
+]
+
+
+def failing(error: Exception) -> Any:
+    return mock.patch.object(tracing, "_trace", side_effect=error)
+
+
+@pytest.mark.parametrize(("error", "kind", "words"), FAILURES)
+def test_what_a_library_raises_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[AdvisorError], words: str
+) -> None:
+    monkeypatch.delenv("LORA_ADVISOR_DEBUG", raising=False)
+    with failing(error), pytest.raises(kind) as caught:
+        trace_step(configure(), tiny())
+
+    assert type(caught.value) is kind
+    assert str(caught.value).endswith(words)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_library_raises_is_shown_as_it_is_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LORA_ADVISOR_DEBUG", "1")
+    with failing(ValueError("no")), pytest.raises(ValueError, match="no"):
+        trace_step(configure(), tiny())
 
 
 #: One of each model type.
