@@ -18,6 +18,7 @@ class TracedMemory:
         components: Bytes at the peak by owner.
         phases: Peak of live tensors in each stage of the step: load, forward, loss, backward,
             optimizer.
+        least: Whether the figures are lower bounds, which sufficed to see that it does not fit.
     """
 
     allocated_bytes: int
@@ -26,3 +27,4 @@ class TracedMemory:
     instant: str
     components: Mapping[str, int]
     phases: Mapping[str, int]
+    least: bool = False

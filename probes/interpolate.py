@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 #: Micro-batch and sequence length.
 Size = tuple[int, int]
 
-MONOMIALS: tuple[Callable[[int, int], int], ...] = (
+_MONOMIALS: tuple[Callable[[int, int], int], ...] = (
     lambda b, s: 1,
     lambda b, s: b * s,
     lambda b, s: s,
@@ -28,8 +28,8 @@ MONOMIALS: tuple[Callable[[int, int], int], ...] = (
     lambda b, s: b * s * s,
     lambda b, s: s * s,
 )
-#: Monomials of a step whose attention keeps neither scores nor a mask.
-LINEAR = 4
+#: Numbers of monomials: of a step whose attention keeps neither scores nor a mask, and of any.
+BASES = (4, len(_MONOMIALS))
 
 
 class Family:
@@ -40,10 +40,10 @@ class Family:
         self.sizes = tuple(traces)
         self._traces = [_in_order(trace) for trace in traces.values()]
 
-    def alike(self) -> bool:
-        """Whether the steps do the same things in the same order."""
+    def alike(self, *more: Trace) -> bool:
+        """Whether these steps, and those of `more` traces, do the same things in the same order."""
         first, *others = self._traces
-        return all(_same_kind(first, other) for other in others)
+        return all(_same_kind(first, other) for other in [*others, *map(_in_order, more)])
 
     def at(self, size: Size) -> Trace | None:
         """Return the trace of another size; None where these do not determine it."""
@@ -67,14 +67,35 @@ class Family:
         """Return how much of each trace there is in that of `size`."""
         import numpy
 
-        count = len(self.sizes)
-        rows = numpy.array([[m(*known) for m in MONOMIALS[:count]] for known in self.sizes], float)
-        scale = numpy.abs(rows).max(axis=0)
-        if numpy.linalg.cond(rows / scale) > 1e6:
-            return None
-        wanted = numpy.array([m(*size) for m in MONOMIALS[:count]], float)
-        solved: NDArray[Any] = numpy.linalg.solve((rows / scale).T, wanted / scale)
-        return solved
+        rows = monomials([*self.sizes, size], len(self.sizes))
+        known, wanted = rows[:-1], rows[-1]
+        shares: NDArray[Any] = numpy.linalg.lstsq(known.T, wanted)[0]
+        # Sizes on a line determine only sizes on that line.
+        return shares if numpy.allclose(known.T @ shares, wanted, rtol=0, atol=1e-9) else None
+
+
+def monomials(sizes: Sequence[Size], count: int) -> NDArray[Any]:
+    """Return the first `count` monomials of each size, a row a size, each scaled to at most 1."""
+    import numpy
+
+    table = numpy.array([[float(m(*size)) for m in _MONOMIALS[:count]] for size in sizes])
+    scaled: NDArray[Any] = table / numpy.abs(table).max(axis=0)
+    return scaled
+
+
+def samples(sizes: Sequence[Size], count: int) -> list[Size]:
+    """Return those sizes whose traces determine the others best, at most `count`.
+
+    They are the pivots of a QR decomposition: each the one least determined by those before it.
+    """
+    import numpy
+    from scipy.linalg import qr
+
+    table = monomials(sizes, count)
+    triangle, pivots = qr(table.T, mode="r", pivoting=True)
+    weight = numpy.abs(numpy.diag(triangle))
+    rank = int((weight > 1e-9 * weight[0]).sum())
+    return [sizes[index] for index in pivots[:rank]]
 
 
 def between(low: Trace, high: Trace, *, share: float) -> Trace | None:

@@ -67,7 +67,7 @@ def product_workspace(capability: str | None) -> int:
 
 #: Up to this many rows bitsandbytes multiplies with packed weights (backends/cuda/ops.py,
 #: `_gemm_4bit_use_custom_cuda`: its largest bound for weights of 4 Mi values or more).
-_PACKED_ROWS = 320
+PACKED_ROWS = 320
 
 
 def _gemm_4bit_temporaries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
@@ -76,7 +76,7 @@ def _gemm_4bit_temporaries(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     The scales of double quantisation take two blocks: read back, and with their offset added.
     """
     a, _, shape = args[:3]
-    if a.numel() // a.shape[-1] <= _PACKED_ROWS:
+    if a.numel() // a.shape[-1] <= PACKED_ROWS:
         return ()
     nested = kwargs.get("absmax_8bit", args[7] if len(args) > 7 else None)
     scales = () if nested is None else (nested.numel() * 4,) * 2
