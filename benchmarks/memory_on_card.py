@@ -1,11 +1,15 @@
 """Run cases on the GPU that is here, a fresh process each, and record the memory each took.
 
     python benchmarks/memory_on_card.py CASES.jsonl --out RECORDS.jsonl [--events FOLDER]
+        [--cards 6,8,12,16]
 
 A case is a RunConfig, with `hf_config` beside its fields where the model is not a bundled one,
-`cap_gib` to hold the allocator to a cap and, with --events, `"events": true` to keep every
-allocation and release of its allocator. A record is a ProbeResult. The libraries are imported once;
-each case runs in a fork of that process, which makes its own CUDA context and ends with the case.
+`cap_gib` to hold the allocator to a cap, `"stored": true` to load weights from a folder instead of
+making them and, with --events, `"events": true` to keep every allocation and release of its
+allocator. With --cards each case also runs in the memory of each such card (GiB, less the context)
+that its own peaks do not settle: live tensors within it, the reserve not. A record is a ProbeResult.
+The libraries are imported once; each case runs in a fork of that process, which makes its own CUDA
+context and ends with the case.
 """
 
 from __future__ import annotations
@@ -53,9 +57,10 @@ def import_everything() -> None:
         sys.exit("an import made a CUDA context; forks of this process cannot use the GPU")
 
 
-def case_of(line: str) -> tuple[RunConfig, Architecture, int | None, bool]:
+def case_of(line: str) -> tuple[RunConfig, Architecture, int | None, bool, bool]:
     data = json.loads(line)
     cap, events = data.pop("cap_gib", None), bool(data.pop("events", False))
+    stored = bool(data.pop("stored", False))
     figures = data.pop("hf_config", None)
     config = RunConfig.from_json(data)
     architecture = (
@@ -63,7 +68,19 @@ def case_of(line: str) -> tuple[RunConfig, Architecture, int | None, bool]:
         if figures is None
         else from_hf_config(config.model, figures)
     )
-    return config, architecture, None if cap is None else int(cap * 2**30), events
+    return config, architecture, None if cap is None else int(cap * 2**30), events, stored
+
+
+def store(architecture: Architecture, folder: Path) -> None:
+    """Save random weights of an architecture, in bf16; runs in a process of its own."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lora_advisor.probes.architectures import build_hf_config
+
+    torch.set_default_device("cuda")
+    build: Any = AutoModelForCausalLM.from_config
+    build(build_hf_config(architecture), dtype=torch.bfloat16).save_pretrained(folder)
 
 
 def run(request: Request, answer_file: Path, events_file: Path | None) -> None:
@@ -96,16 +113,13 @@ def run(request: Request, answer_file: Path, events_file: Path | None) -> None:
 
 
 def write_events(file: Path) -> None:
-    """Write [action, address, size] of every event of device 0, addresses numbered as they come."""
+    """Write [action, address, size] of every event of device 0, addresses from the lowest one."""
     import torch
 
     trace = torch.cuda.memory._snapshot()["device_traces"][0]
-    numbers: dict[int, int] = {}
-    lines = [
-        (event["action"], numbers.setdefault(event["addr"], len(numbers)), event["size"])
-        for event in trace
-        if event["action"] != "snapshot"
-    ]
+    events = [event for event in trace if event["action"] != "snapshot"]
+    lowest = min(event["addr"] for event in events)
+    lines = [(event["action"], event["addr"] - lowest, event["size"]) for event in events]
     with gzip.open(file, "wt") as out:
         json.dump(lines, out)
 
@@ -115,6 +129,7 @@ def main() -> None:
     parser.add_argument("cases", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--events", type=Path, help="Folder for the allocators' events.")
+    parser.add_argument("--cards", default="", help="GiB of cards, with commas.")
     parser.add_argument("--timeout", type=float, default=120.0, help="Seconds a case may take.")
     parser.add_argument("--until", type=float, default=570.0, help="Start no case after this.")
     arguments = parser.parse_args()
@@ -123,42 +138,66 @@ def main() -> None:
     import_everything()
     print(f"imports {time.monotonic() - began:.1f} s", flush=True)
     fork = multiprocessing.get_context("fork")
+    cards = [int(float(card) * 2**30) for card in arguments.cards.split(",") if card]
     for number, line in enumerate(arguments.cases.read_text("utf-8").splitlines()):
-        if time.monotonic() - began > arguments.until:
-            print(f"no time for case {number} and those after it")
-            break
-        config, architecture, cap, events = case_of(line)
-        request = Request(
-            config=config, architecture=architecture, device="cuda", cap_bytes=cap,
-            warmup_steps=2, measured_steps=2,
-        )  # fmt: skip
+        config, architecture, cap, events, stored = case_of(line)
         events_file = None
         if events and arguments.events is not None:
             arguments.events.mkdir(parents=True, exist_ok=True)
             events_file = arguments.events / f"{number:03d}.json.gz"
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            answer_file = Path(folder) / "answer.json"
-            child = fork.Process(target=run, args=(request, answer_file, events_file))
-            child.start()
-            child.join(arguments.timeout)
-            if child.is_alive():
-                child.kill()
+        with tempfile.TemporaryDirectory() as name:
+            if stored:
+                child = fork.Process(target=store, args=(architecture, Path(name)))
+                child.start()
                 child.join()
-            answer = Answer.read(answer_file) or Answer(outcome="failed", detail="no answer")
-        result = ProbeResult(
-            config=config, architecture=architecture.fingerprint,
-            hf_config=architecture.hf_config, machine=machine, stack=stack, cap_bytes=cap,
-            started_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            **{field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)},
-        )  # fmt: skip
-        append_record(arguments.out, result)
-        print(
-            number, config.model, config.method, config.trainer, config.tokens, result.outcome,
-            result.detail or "", result.allocated_bytes, result.reserved_bytes,
-            result.context_bytes, result.attention_backend,
-            f"{time.monotonic() - started:.1f} s", flush=True,
-        )  # fmt: skip
+                architecture = dataclasses.replace(architecture, weights=name)
+            waiting: list[int | None] = [cap]
+            while waiting:
+                if time.monotonic() - began > arguments.until:
+                    print(f"no time for case {number} and those after it")
+                    return
+                cap = waiting.pop(0)
+                request = Request(
+                    config=config, architecture=architecture, device="cuda", cap_bytes=cap,
+                    warmup_steps=2, measured_steps=2,
+                )  # fmt: skip
+                answer = answer_of(fork, request, arguments.timeout, events_file)
+                result = ProbeResult(
+                    config=config, architecture=architecture.fingerprint,
+                    hf_config=architecture.hf_config, machine=machine, stack=stack, cap_bytes=cap,
+                    started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                    **{f.name: getattr(answer, f.name) for f in dataclasses.fields(answer)},
+                )  # fmt: skip
+                append_record(arguments.out, result)
+                print(
+                    number, config.model, config.method, config.trainer, config.tokens, cap,
+                    result.outcome, result.detail or "", result.allocated_bytes,
+                    result.reserved_bytes, result.context_bytes, result.attention_backend,
+                    f"{time.monotonic() - began:.0f} s", flush=True,
+                )  # fmt: skip
+                if cap is None and result.outcome == "ok":
+                    waiting += [c for c in unsettled(result, cards) if c]
+
+
+def answer_of(fork: Any, request: Request, timeout: float, events_file: Path | None) -> Answer:
+    """Answer a request in a fork of this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer_file = Path(folder) / "answer.json"
+        child = fork.Process(target=run, args=(request, answer_file, events_file))
+        child.start()
+        child.join(timeout)
+        if child.is_alive():
+            child.kill()
+            child.join()
+            return Answer(outcome="timed_out", detail=f"stopped after {timeout:g} s")
+        return Answer.read(answer_file) or Answer(outcome="failed", detail="no answer")
+
+
+def unsettled(result: ProbeResult, cards: list[int]) -> list[int]:
+    """Return the caps of those cards of which only a run tells whether this configuration fits."""
+    context = result.context_bytes or 0
+    allocated, reserved = result.allocated_bytes or 0, result.reserved_bytes or 0
+    return [card - context for card in cards if allocated <= card - context < reserved]
 
 
 if __name__ == "__main__":
