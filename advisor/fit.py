@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lora_advisor.advisor.largest import Largest, largest
 from lora_advisor.advisor.predictor import Predictor
+from lora_advisor.advisor.proof import Probe, Proof, prove, run_instead
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.errors import UntraceableError, UsageError
 from lora_advisor.probes.prediction import Prediction
+from lora_advisor.probes.record import ProbeResult
 
 #: `fit`'s exit code for each verdict.
 EXIT_CODES = {"fits": 0, "does not fit": 1, "uncertain": 2}
@@ -43,38 +46,90 @@ class FitAnswer:
         limit_bytes: What the process may hold.
         changes: Changes that make it fit, cheapest first, where it does not for certain.
         combined: The last of several changes taken together, where none does alone; else None.
+        largest: The largest sizes that fit; None where it was not asked for or cannot be traced.
+        measured: The run that settled the answer on a card; None where none was needed.
+        note: What kept a run from settling it, or why it was run; None where nothing is to be said.
     """
 
     config: RunConfig
     prediction: Prediction
     limit_bytes: int
-    changes: tuple[Change, ...]
-    combined: Change | None
+    changes: tuple[Change, ...] = ()
+    combined: Change | None = None
+    largest: Largest | None = None
+    measured: ProbeResult | None = None
+    note: str | None = None
 
     @property
     def exit_code(self) -> int:
         """0 fits, 1 does not, 2 uncertain."""
         return EXIT_CODES[self.prediction.verdict]
 
+    @property
+    def context_bytes(self) -> int:
+        """What the process holds beside the allocator's memory."""
+        return self.prediction.memory.process_bytes - self.prediction.memory.reserved_bytes
 
-def will_it_fit(config: RunConfig, predictor: Predictor) -> FitAnswer:
-    """Answer for one configuration."""
-    prediction = predictor.predict(config)
-    changes: list[Change] = []
-    combined = None
-    if prediction.verdict != "fits":
-        every = [_judge(name, changed, config, predictor) for name, changed in _mutations(config)]
-        changes = [change for change in every if change.prediction.verdict == "fits"]
-        changes.sort(key=_cost)
-        if not changes:
-            combined = _combine(config, predictor)
+    @property
+    def least_bytes(self) -> int:
+        """The least the process gets by with, giving cached memory back where it must."""
+        return self.prediction.memory.needed_bytes + self.context_bytes
+
+
+def will_it_fit(
+    config: RunConfig,
+    predictor: Predictor,
+    *,
+    probe: Probe | None = None,
+    sizes: bool = False,
+) -> FitAnswer:
+    """Answer for one configuration.
+
+    Args:
+        config: What is asked.
+        predictor: What is known of the model on the card.
+        probe: Runs a configuration on the card under the limit, to settle what the trace cannot;
+            None to predict only.
+        sizes: Whether to look for the largest sizes that fit, too.
+
+    Raises:
+        UntraceableError: The step cannot be traced, and nothing runs it.
+    """
+    limit = predictor.limit_bytes
+    try:
+        prediction = predictor.predict(config)
+    except UntraceableError as error:
+        if probe is None:
+            raise
+        ran = run_instead(config, probe, error)
+        return FitAnswer(config=config, limit_bytes=limit, **vars(ran))
+    proof = Proof(prediction)
+    if prediction.verdict == "uncertain" and probe is not None:
+        proof = prove(config, prediction, probe)
+    changes, combined = (), None
+    if proof.prediction.verdict != "fits":
+        changes, combined = _changes(config, predictor)
     return FitAnswer(
         config=config,
-        prediction=prediction,
-        limit_bytes=predictor.limit_bytes,
-        changes=tuple(changes),
+        limit_bytes=limit,
+        changes=changes,
         combined=combined,
+        # What is compiled as a whole never fits for certain.
+        largest=largest(config, predictor) if sizes and config.compile != "model" else None,
+        **vars(proof),
     )
+
+
+def _changes(
+    config: RunConfig, predictor: Predictor
+) -> tuple[tuple[Change, ...], Change | None]:
+    """Return the changes that make it fit, cheapest first, or else several taken together."""
+    mutations = list(_mutations(config))
+    predictor.prepare(changed for _, changed in mutations)
+    every = [_judge(name, changed, config, predictor) for name, changed in mutations]
+    changes = [change for change in every if change.prediction.verdict == "fits"]
+    changes.sort(key=_cost)
+    return tuple(changes), None if changes else _combine(config, predictor)
 
 
 def _cost(change: Change) -> tuple[bool, float, int]:
@@ -133,7 +188,9 @@ def _combine(config: RunConfig, predictor: Predictor) -> Change | None:
     names: list[str] = []
     current = config
     for _ in range(8):
-        options = [_judge(name, c, current, predictor) for name, c in _mutations(current)]
+        mutations = list(_mutations(current))
+        predictor.prepare(changed for _, changed in mutations)
+        options = [_judge(name, c, current, predictor) for name, c in mutations]
         best = max(options, key=lambda change: change.saved_bytes, default=None)
         if best is None or best.saved_bytes <= 0:
             return None

@@ -6,9 +6,9 @@
 A case is a RunConfig, with `hf_config` beside its fields where the model is not a bundled one,
 `cap_gib` to hold the allocator to a cap, `"stored": true` to load weights from a folder instead of
 making them and, with --events, `"events": true` to keep every allocation and release of its
-allocator. With --cards each case also runs in the memory of each such card (GiB, less the context)
-that its own peaks do not settle: live tensors within it, the reserve not. A record is a ProbeResult.
-The libraries are imported once; each case runs in a fork of that process, which makes its own CUDA
+allocator. With --cards each case also runs in the memory of each such card (GiB, less context)
+that its own peaks do not settle: live tensors within it, the reserve not. A record is a
+ProbeResult. The libraries are imported once; each case runs in a fork of that process, which makes its own CUDA
 context and ends with the case.
 """
 
@@ -47,7 +47,7 @@ def import_everything() -> None:
     import datasets  # noqa: F401
     import peft  # noqa: F401
     import torch._dynamo
-    import torch._inductor.compile_fx  # noqa: F401
+    import torch._inductor.compile_fx
     import trl
     from transformers import AutoModelForCausalLM, Trainer  # noqa: F401
 

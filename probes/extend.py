@@ -214,7 +214,22 @@ class _Copier:
             for event in self.runs.events[key] if key[2] >= 0 else ():
                 if event.size < 0:
                     home.setdefault(event.block, key[2])
+            if key[1] == "load":
+                self.settle_loading(self.runs.events[key], home)
         return home
+
+    def settle_loading(self, events: Sequence[Event], home: dict[int, int]) -> None:
+        """Give what is made and gone while a layer's weight is made to that layer."""
+        homeless: set[int] = set()
+        dead = {event.block for event in events if event.size < 0}
+        for event in events:
+            if event.size < 0:
+                homeless.discard(event.block)
+            elif event.block in home:
+                home.update(dict.fromkeys(homeless, home[event.block]))
+                homeless.clear()
+            elif event.block in dead:
+                homeless.add(event.block)
 
     def emit(self, event: Event, block: int, group: int) -> None:
         number = self.number(block, group) if event.size else 0

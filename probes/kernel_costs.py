@@ -47,7 +47,11 @@ def describe(
         # aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out: tmp = grad * output
         temporaries = (args[0].numel() * args[0].element_size(),)
     multiplies = bool(temporaries) if "gemm_4bit" in name else _multiplies(name)
-    fuses = name.startswith("aten::addmm") and args[0].dim() == 1
+    if "gemm_4bit" in name:
+        bias = kwargs.get("bias", args[6] if len(args) > 6 else None)
+        fuses = multiplies and bias is not None
+    else:
+        fuses = name.startswith("aten::addmm") and args[0].dim() == 1
     return Cost(temporaries, multiplies, fuses, lambda result: _work(name, args, result))
 
 

@@ -115,19 +115,23 @@ def _freeze_once() -> None:
 def _trace(
     config: RunConfig, architecture: Architecture, layers: int | None, capability: str | None
 ) -> Trace:
+    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import PrinterCallback
 
     from lora_advisor.probes.cuda_semantics import fake_quantise, traced_config
 
-    gradients_stay, precision = config.accumulation > 1, config.precision
+    gradients_stay, asked = config.accumulation > 1, config
     config = traced_config(config).replace(accumulation=1)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = Recorder(capability)
-    model = skeleton(config, architecture, "cpu", layers=layers)
-    with _quiet(), fake_mode, _semantics(config, model, precision, recorder), recorder:
+    # What holds fp32 weights for a GradScaler holds them here too.
+    wide = weights_dtype(asked) == torch.float32
+    dtype = torch.float32 if wide else weights_dtype(config)
+    model = skeleton(config, architecture, "cpu", layers=layers, dtype=dtype)
+    with _quiet(), fake_mode, _semantics(config, model, asked.precision, recorder), recorder:
         loaded = tuple(loaded_bytes(model, layer) for layer in decoder_layers(model))
-        fill(model, weights_dtype(config), "cpu", fake_quantise, on_gpu=True)
+        fill(model, dtype, "cpu", fake_quantise, on_gpu=True)
         vocab_size = model.config.get_text_config().vocab_size
         trainer: Any = build_trainer(
             config,
@@ -187,7 +191,8 @@ def _fake_batch(trainer: Any, config: RunConfig) -> dict[str, Any]:
     with _disable_current_modes(), unset_fake_temporarily():
         rows = random_rows(config.micro_batch, config.seq_len, 4)
         if config.packing:
-            rows = [{**row, "seq_lengths": [config.seq_len]} for row in rows]
+            half = config.seq_len // 2
+            rows = [{**row, "seq_lengths": [half, config.seq_len - half]} for row in rows]
         batch = trainer.data_collator(rows)
     made: dict[str, Any] = {}
     for key, value in batch.items():

@@ -95,7 +95,12 @@ def random_model(
 
 
 def skeleton(
-    config: RunConfig, architecture: Architecture, device: str, *, layers: int | None = None
+    config: RunConfig,
+    architecture: Architecture,
+    device: str,
+    *,
+    layers: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Return the model on the meta device, its linear layers replaced by 4-bit ones for "qlora".
 
@@ -104,6 +109,7 @@ def skeleton(
         architecture: The figures.
         device: Where the weights shall live in the end.
         layers: Build only this many decoder layers; None for all.
+        dtype: Of the weights; None for what the configuration says.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -116,7 +122,7 @@ def skeleton(
     with torch.device("meta"), no_init_weights():
         model = build(
             hf_config,
-            dtype=weights_dtype(config),
+            dtype=dtype or weights_dtype(config),
             attn_implementation=config.attention,
             trust_remote_code=architecture.trust_remote_code,
         )

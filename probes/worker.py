@@ -159,11 +159,15 @@ def _trainer(request: Request, model: Any, watch: Stopwatch, output_dir: Path) -
     config = request.config
     steps = request.warmup_steps + request.measured_steps
     vocab_size = model.config.get_text_config().vocab_size
+    # Packed rows hold several documents, which takes a mask.
+    documents = 2 if config.packing else 1
     return build_trainer(
         config,
         model,
         rows=random_rows(
-            steps * config.micro_batch * config.accumulation, config.seq_len, vocab_size
+            documents * steps * config.micro_batch * config.accumulation,
+            config.seq_len // documents,
+            vocab_size,
         ),
         tokenizer=padding_tokenizer(vocab_size),
         schedule=Schedule(max_steps=steps, output_dir=str(output_dir)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,19 @@ from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.events import Trace
 from lora_advisor.probes.extend import trace_all_layers
 
-_MADE: dict[tuple[str, RunConfig], Trace] = {}
+_MADE: dict[tuple[str, RunConfig, str | None], Trace] = {}
 
 
-def _trace(config: RunConfig, architecture: Architecture) -> Trace:
-    key = (architecture.fingerprint, config.replace(model="tiny"))
+def _trace(config: RunConfig, architecture: Architecture, capability: str | None) -> Trace:
+    key = (architecture.fingerprint, config.replace(model="tiny"), capability)
     if key not in _MADE:
-        _MADE[key] = trace_all_layers(config, architecture)
+        _MADE[key] = trace_all_layers(config, architecture, capability=capability)
     return _MADE[key]
 
 
 def share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the advisor trace in this process, each step once in a test run."""
-    make: Callable[[RunConfig, Architecture], Trace] = _trace
-    monkeypatch.setattr(traces, "trace_all_layers", make)
+    monkeypatch.setattr(traces, "trace_quietly", _trace)
     monkeypatch.setattr(traces, "_WORKERS", 1)
 
 
