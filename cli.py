@@ -13,31 +13,29 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lora_advisor.advisor.asking import (
-    KNOBS,
-    architecture_of,
     cache_dir,
-    config_of,
-    gib_bytes,
     machine_of,
     spec_of,
-    trace_cache,
     training_device,
     vram_bytes,
+)
+from lora_advisor.advisor.options import (
+    accumulation_option,
+    knob_options,
+    map_options,
+    model_options,
 )
 from lora_advisor.probes.errors import AdvisorError, UsageError
 
 if TYPE_CHECKING:
     from lora_advisor.advisor.outcome import Progress
-
-GIB = 2**30
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,56 +91,14 @@ def group() -> None:
       lora-advisor plan --vram 8
       lora-advisor plan --model ./my-model --data chat.jsonl --vram 8 --out plan.json
       lora-advisor fit --model qwen2.5-7b --seq 2048 --vram 8
+      lora-advisor compare --model llama-2-7b --gpu a100-80gb
       lora-advisor train plan.json --data chat.jsonl --output runs/first
     """
 
 
-def _model_options(command: F) -> F:
-    """Add the options that say which model, which memory and which adapter."""
-    option = click.option
-    for add in reversed(
-        [
-            option("--model", default="qwen2.5-1.5b", show_default=True,
-                   help="Bundled name, folder, path of a config.json, or hub id."),
-            option("--vram", type=float, default=None,
-                   help="GiB to plan for (default: the card's memory; on a CPU 80 % of RAM)."),
-            option("--reserve", type=float, default=0.25, show_default=True,
-                   help="GiB of it to leave free, for the desktop and the unforeseen."),
-            option("--gpu", default=None,
-                   help="A card that is not here, such as rtx-4060: predict for it."),
-            option("--device", default="auto", show_default=True,
-                   help="auto, cuda, cpu, or none to predict only."),
-            option("--trust-remote-code", is_flag=True,
-                   help="Run code that comes with the model (default: never)."),
-            option("--rank", type=int, default=16, show_default=True,
-                   help="Rank of the adapter."),
-            option("--alpha", type=float, default=None,
-                   help="Scale of the adapter (default: 2 x rank)."),
-            option("--dropout", type=float, default=0.0, show_default=True,
-                   help="Dropout of the adapter."),
-            option("--targets", default="all-linear", show_default=True,
-                   help="Modules that carry an adapter: all-linear, or names with commas."),
-            option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
-        ]
-    ):  # fmt: skip
-        command = add(command)
-    return command
-
-
-def _knob_options(command: F) -> F:
-    for name, words in reversed(KNOBS.items()):
-        command = click.option(f"--{name}", default=None, help=f"Fix it: {words}.")(command)
-    command = click.option(
-        "--micro-batch", type=int, default=None, help="Fix the sequences in one forward pass."
-    )(command)
-    return click.option(
-        "--packing", is_flag=True, default=None, help="Let short rows share a sequence."
-    )(command)
-
-
 @group.command()
-@_model_options
-@_knob_options
+@model_options()
+@knob_options()
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -213,12 +169,10 @@ def plan(**options: Any) -> int:  # fmt: skip
 
 
 @group.command()
-@_model_options
-@_knob_options
+@model_options()
+@knob_options()
 @click.option("--seq", type=int, default=1024, show_default=True, help="Tokens in a sequence.")
-@click.option(
-    "--accumulation", type=int, default=1, show_default=True, help="Micro-batches in a step."
-)
+@accumulation_option
 @click.option(
     "--config",
     "config_file",
@@ -226,40 +180,54 @@ def plan(**options: Any) -> int:  # fmt: skip
     default=None,
     help="A RunConfig as JSON, instead of the knobs.",
 )
+@click.option(
+    "--no-largest", is_flag=True, help="Do not look for the largest sizes that fit: seconds less."
+)
+@click.option(
+    "--no-probe", is_flag=True, help="Never run anything on the card: an uncertain answer stays so."
+)
+@map_options
 def fit(**options: Any) -> int:  # fmt: skip
     """Say whether a configuration fits: exit code 0 fits, 1 does not, 2 uncertain.
 
     Knobs that are not given are those that need least: QLoRA, micro-batch 1, full checkpointing,
-    TRL's fused loss.
+    TRL's fused loss. With --map the answer is for a whole grid of sizes; the exit code is still
+    that of the asked one.
 
     \b
-    Example:
+    Examples:
       lora-advisor fit --model qwen2.5-7b --seq 2048 --vram 8
+      lora-advisor fit --model qwen2.5-1.5b --gpu rtx-4060 --map --map-file map.png
     """
-    from lora_advisor.advisor.fit import will_it_fit
-    from lora_advisor.advisor.predictor import Predictor
-    from lora_advisor.advisor.report import fit_text
-    from lora_advisor.probes.plan import plain_json
+    from lora_advisor.advisor.answers import answer_fit, answer_map
 
-    config = config_of(options)
-    machine, card = machine_of(options)
-    limit = vram_bytes(options, machine) - gib_bytes("--reserve", options["reserve"])
-    if limit <= 0:
-        raise UsageError(f"`--vram` less `--reserve` must be above 0 GiB, but is {limit / GIB:g}.")
-    predictor = Predictor.start(
-        architecture_of(config.model, options),
-        machine,
-        card,
-        limit_bytes=limit,
-        precision=config.precision,
-        cache=trace_cache(),
-    )
-    answer = will_it_fit(config, predictor)
-    if options["as_json"]:
-        click.echo(json.dumps({"exit_code": answer.exit_code, **plain_json(answer)}))
-    else:
-        click.echo(fit_text(answer, where=machine.name))
-    return answer.exit_code
+    mapped = options["map_"] or options["map_file"] is not None
+    code, text = (answer_map if mapped else answer_fit)(options)
+    click.echo(text)
+    return code
+
+
+@group.command()
+@model_options(model="llama-2-7b")
+@knob_options("method", micro_batch=4)
+@click.option("--seq", type=int, default=512, show_default=True, help="Tokens in a sequence.")
+@accumulation_option
+def compare(**options: Any) -> int:
+    """Show full fine-tuning, LoRA and QLoRA side by side, stage by stage of a training step.
+
+    Knobs that are not given are those of a plain transformers.Trainer: bf16, no checkpointing, the
+    loss of all logits at once, fused AdamW.
+
+    \b
+    Examples:
+      lora-advisor compare --gpu a100-80gb
+      lora-advisor compare --model qwen2.5-1.5b --seq 1024 --vram 24 --checkpointing full
+    """
+    from lora_advisor.advisor.answers import answer_compare
+
+    code, text = answer_compare(options)
+    click.echo(text)
+    return code
 
 
 @group.command()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lora_advisor.advisor.predictor import Predictor
-from lora_advisor.probes.config import METHODS, LoraShape, RunConfig
+from lora_advisor.probes.config import METHODS, RunConfig
 from lora_advisor.probes.machine import Machine
 from lora_advisor.probes.prediction import Prediction
 
@@ -50,19 +48,6 @@ class Comparison:
     machine: Machine
     limit_bytes: int
     columns: tuple[Column, ...]
-
-
-def methods_of(values: Mapping[str, Any], shape: LoraShape) -> list[RunConfig]:
-    """Return a configuration a method.
-
-    Args:
-        values: Fields of RunConfig that all share.
-        shape: The adapter of those that have one.
-    """
-    return [
-        RunConfig(**values, method=method, lora=None if method == "full" else shape)
-        for method in ORDER
-    ]
 
 
 def compare(configs: list[RunConfig], predictor: Predictor) -> Comparison:

@@ -106,7 +106,8 @@ def will_it_fit(
     proof = Proof(prediction)
     if prediction.verdict == "uncertain" and probe is not None:
         proof = prove(config, prediction, probe)
-    changes, combined = (), None
+    changes: tuple[Change, ...] = ()
+    combined = None
     if proof.prediction.verdict != "fits":
         changes, combined = _changes(config, predictor)
     return FitAnswer(
@@ -120,9 +121,7 @@ def will_it_fit(
     )
 
 
-def _changes(
-    config: RunConfig, predictor: Predictor
-) -> tuple[tuple[Change, ...], Change | None]:
+def _changes(config: RunConfig, predictor: Predictor) -> tuple[tuple[Change, ...], Change | None]:
     """Return the changes that make it fit, cheapest first, or else several taken together."""
     mutations = list(_mutations(config))
     predictor.prepare(changed for _, changed in mutations)

@@ -113,10 +113,7 @@ def check_map_file(path: Path) -> None:
     """
     if path.suffix.lower() != ".png":
         raise UsageError(f"`--map-file` must end in .png, but got {str(path)!r}.")
-    there = path.exists()
     check_writable(path)
-    if not there and path.exists() and path.stat().st_size == 0:
-        path.unlink()
 
 
 def fit_map(

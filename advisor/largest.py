@@ -175,9 +175,7 @@ class _Border:
         if trace is None or int(trace.sizes.cumsum().max(initial=0)) > self._decisive_cap:
             return False
         expandable = self.config.allocator == "expandable_segments"
-        return replay(
-            staged(trace), cap_bytes=self._decisive_cap, expandable=expandable
-        ).survived
+        return replay(staged(trace), cap_bytes=self._decisive_cap, expandable=expandable).survived
 
     @cached_property
     def _decisive_cap(self) -> int:

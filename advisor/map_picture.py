@@ -35,7 +35,7 @@ def draw_map(drawn: FitMap, path: Path, *, title: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _paint(drawn, figure, axes)
     _label(drawn, axes)
@@ -62,23 +62,24 @@ def _paint(drawn: FitMap, figure: Any, axes: Axes) -> None:
     mesh = axes.imshow(process, cmap="cividis", norm=norm, origin="lower", aspect="auto")
     extend = "max" if process.max() > top else "neither"
     bar = figure.colorbar(mesh, ax=axes, extend=extend)
-    bar.set_label("GiB the process would hold if free to")
+    bar.set_label("GiB the process would hold if free to (beyond the limit: at least)")
     limit = drawn.limit_bytes / GIB
     if norm.vmin is not None and norm.vmin < limit < top:
         bar.ax.axhline(limit, color="white", linewidth=2)
         bar.ax.axhline(limit, color="black", linewidth=1, linestyle="--")
-    _border(axes, verdicts == "fits", "solid", "border of what fits")
-    certain = verdicts == "does not fit"
-    if not numpy.array_equal(certain, verdicts != "fits"):
-        _border(axes, ~certain, "dashed", "beyond: does not fit; between: uncertain")
+    _border(axes, verdicts == "fits", "border of what fits")
+    rows, columns = numpy.nonzero(verdicts == "uncertain")
+    if len(rows):
+        axes.plot(columns, rows, marker="$?$", markersize=7, color="white", linestyle="none",
+                  label="uncertain: only a run can tell")  # fmt: skip
     _mark(drawn, axes)
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         legend = axes.legend(loc="upper right", fontsize=8, framealpha=1.0)
-        legend.get_frame().set_facecolor("#d9d9d9")
+        legend.get_frame().set_facecolor("#a6a6a6")
 
 
-def _border(axes: Axes, inside: Any, style: str, label: str) -> None:
+def _border(axes: Axes, inside: Any, label: str) -> None:
     """Draw a line along the cells' edges between those inside and those outside."""
     rows, columns = inside.shape
     xs: list[float | None] = []
@@ -95,7 +96,7 @@ def _border(axes: Axes, inside: Any, style: str, label: str) -> None:
         return
     points: tuple[Any, Any] = (xs, ys)
     axes.plot(*points, color="black", linewidth=4.0, solid_capstyle="projecting")
-    axes.plot(*points, color="white", linewidth=2.0, linestyle=style, label=label)
+    axes.plot(*points, color="white", linewidth=2.0, label=label)
 
 
 def _mark(drawn: FitMap, axes: Axes) -> None:
@@ -114,7 +115,10 @@ def _mark(drawn: FitMap, axes: Axes) -> None:
 
 
 def _label(drawn: FitMap, axes: Axes) -> None:
-    for values, set_ticks in ((drawn.seq_lens, axes.set_xticks), (drawn.micro_batches, axes.set_yticks)):
+    for values, set_ticks in (
+        (drawn.seq_lens, axes.set_xticks),
+        (drawn.micro_batches, axes.set_yticks),
+    ):
         step = -(-len(values) // (_LABELS if values is drawn.seq_lens else 2 * _LABELS))
         places = list(range(0, len(values), step))
         set_ticks(places, [str(values[place]) for place in places])

@@ -10,8 +10,8 @@ from pathlib import Path
 from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.advisor.traces import TraceStore
 from lora_advisor.models.memory import Context, MemoryModel, Observed, context_of
-from lora_advisor.models.traced import TracedMemory
 from lora_advisor.models.throughput import Observation, ThroughputModel
+from lora_advisor.models.traced import TracedMemory
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig

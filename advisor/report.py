@@ -7,21 +7,19 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from lora_advisor.advisor.finding import Finding
-from lora_advisor.advisor.fit import FitAnswer
 from lora_advisor.advisor.outcome import Progress, TrainingResult
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.machine import GIB
 from lora_advisor.probes.plan import Candidate, Plan
-from lora_advisor.probes.prediction import Interval, MemoryPrediction
+from lora_advisor.probes.prediction import Interval
 
 #: How each kind of evidence is said.
-_KNOWN = {
+KNOWN = {
     "traced": "traced: a prediction, not measured",
     "probed": "predicted from probes of neighbouring configurations here",
     "proved": "proved: this configuration ran under the cap",
 }
-_BAR_WIDTH = 40
 
 
 def gib(size: float) -> str:
@@ -57,7 +55,7 @@ def plan_text(plan: Plan) -> str:
     chosen = plan.chosen
     lines = [_headline(plan), ""]
     lines.append(tabulate(_config_rows(chosen.config), tablefmt="plain"))
-    lines += ["", _figures(plan), "", f"known how: {_KNOWN[chosen.evidence]}"]
+    lines += ["", _figures(plan), "", f"known how: {KNOWN[chosen.evidence]}"]
     if plan.data is not None and plan.epoch_s is not None:
         epochs = plan.spec.epochs
         lines.append(
@@ -179,57 +177,6 @@ def _effort(plan: Plan) -> str:
         return text + "; no probe was run: there is no such card here"
     text += f"; {plan.probes} probes in {duration(plan.probing_s)}"
     return text + (f", {plan.reused} earlier ones reused" if plan.reused else "")
-
-
-def memory_bars(memory: MemoryPrediction) -> str:
-    """Write the parts of the peak as bars."""
-    parts = sorted(memory.components.items(), key=lambda part: -part[1])
-    largest = max((size for _, size in parts), default=1) or 1
-    rows = [
-        (name, f"{size / GIB:.2f}", "#" * round(_BAR_WIDTH * size / largest))
-        for name, size in parts
-        if size > 0
-    ]
-    return tabulate(rows, headers=["part", "GiB", ""], tablefmt="plain", disable_numparse=True)
-
-
-def fit_text(answer: FitAnswer, *, where: str) -> str:
-    """Write the answer to "will it fit?"."""
-    from lora_advisor.advisor.probing import describe
-
-    memory = answer.prediction.memory
-    words = {"fits": "yes", "does not fit": "no", "uncertain": "uncertain"}
-    lines = [
-        f"{words[answer.prediction.verdict]}: {answer.config.model}, {describe(answer.config)}, "
-        f"on {where}",
-        f"needs {gib(memory.process_bytes)}, at most {gib(memory.process_upper_bytes)}, "
-        f"of {gib(answer.limit_bytes)} ({_KNOWN[answer.prediction.evidence]})",
-        f"speed {interval_text(answer.prediction.tokens_per_s)}",
-        "",
-        f"peak at: {memory.instant} ({gib(memory.allocated_bytes)} live, "
-        f"{gib(memory.reserved_bytes)} held)",
-        memory_bars(memory),
-    ]
-    changes = list(answer.changes) + ([answer.combined] if answer.combined else [])
-    if changes:
-        rows = [
-            [
-                change.name,
-                f"{change.saved_bytes / GIB:.2f}",
-                "unknown" if change.slower is None else f"{100 * change.slower:+.0f} %",
-                f"{change.prediction.memory.process_upper_bytes / GIB:.2f}",
-            ]
-            for change in changes
-        ]
-        headers = ["what would make it fit", "saves GiB", "slower", "then at most GiB"]
-        lines += ["", tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)]
-    elif answer.prediction.verdict != "fits":
-        lines += [
-            "",
-            "no change of method, batch or checkpointing makes it fit; shorten --seq or take a "
-            "smaller model",
-        ]
-    return "\n".join(lines)
 
 
 def progress_text(state: Progress) -> str:

@@ -1,8 +1,8 @@
 """The memory of one configuration at many micro-batches and sequence lengths, from few traces.
 
 Every size in a trace is a sum of a few monomials of micro-batch and sequence length
-(`probes/interpolate.py`), as long as the step does the same things. Where a trace made to check says
-that it does not, the sizes are parted, and what is left over is traced one by one.
+(`probes/interpolate.py`), as long as the step does the same things. Where a trace made to check
+says that it does not, the sizes are parted, and what is left over is traced one by one.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ class TraceCache:
             try:
                 self._connection = _open(path)
                 return
+            except sqlite3.OperationalError:  # locked for long, or cannot be opened: it stays
+                return
             except sqlite3.DatabaseError:
                 with contextlib.suppress(OSError):
                     path.unlink()

@@ -185,9 +185,7 @@ class TraceStore:
         return between(self.traces[first], self.traces[last], share=share)
 
 
-def trace_quietly(
-    config: RunConfig, architecture: Architecture, capability: str | None
-) -> Trace:
+def trace_quietly(config: RunConfig, architecture: Architecture, capability: str | None) -> Trace:
     """Trace, perhaps in another process, whose libraries shall be as quiet as they are here."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from lora_advisor.probes.extend import trace_all_layers

@@ -26,7 +26,8 @@ from unittest import mock
 from transformers import TrainerCallback
 from transformers.integrations import sdpa_attention
 
-from lora_advisor.models.memory import MemoryModel, context_of, traced_memory
+from lora_advisor.models.memory import MemoryModel, context_of
+from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes import finetune
 from lora_advisor.probes.architectures import Architecture, bundled_names, load_bundled
 from lora_advisor.probes.config import LoraShape, RunConfig
@@ -161,7 +162,7 @@ def compare(row: dict[str, str], config: RunConfig, architecture: Architecture) 
         trace = trace_all_layers(config, architecture, capability=CAPABILITY)
     if config.method == "lora":
         trace = loaded_on_host(trace)
-    traced = traced_memory(trace, CAPABILITY, expandable=False, ample_bytes=1 << 62)
+    traced = traced_memory(trace, expandable=False)
     memory = MemoryModel(CAPABILITY, context_of(CAPABILITY)).predict(traced, config)
     predicted = {
         "allocated": memory.allocated_bytes,

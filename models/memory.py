@@ -27,17 +27,17 @@ _ASSUMED_CONTEXT_UPPER = 512 * MIB
 TRACED_RESERVED_UPPER = 0.15
 #: The same of the smallest cap a run survives, which fragmentation moves less: it follows the live
 #: tensors. Upwards and downwards; "allocated_upper" and "allocated_lower" there.
-TRACED_NEEDED_UPPER = 0.025
-TRACED_NEEDED_LOWER = 0.015
+TRACED_NEEDED_UPPER = 0.03
+TRACED_NEEDED_LOWER = 0.02
 #: Added for compiled layers: what Inductor keeps is derived, not run.
 _COMPILED_UPPER = 0.10
 
 #: What probes may teach, as standard deviations before the first: bytes of workspaces that the
 #: trace does not know, and the share of what lives within a step; then the same of the gap between
 #: reserve and live tensors. And how far a single run strays, as a share of its memory.
-_ALLOCATED_PRIOR = (32 * MIB, 0.005)
-_GAP_PRIOR = (64 * MIB, 0.2)
-_ALLOCATED_NOISE, _GAP_NOISE = 0.001, 0.01
+_ALLOCATED_PRIOR = (8 * MIB, 0.002)
+_GAP_PRIOR = (32 * MIB, 0.1)
+_ALLOCATED_NOISE, _GAP_NOISE = 0.005, 0.03
 
 #: Parts of the peak that stay from step to step; the rest lives within one.
 _PERSISTENT = ("weights", "adapter", "optimizer", "gradients", "workspace")
@@ -129,7 +129,10 @@ class MemoryModel:
         return dataclasses.replace(
             model,
             upper=_bound([o.reserved_bytes / r - 1 for o, _, r in both], TRACED_RESERVED_UPPER),
-            needed_upper=_bound([o.allocated_bytes / a - 1 for o, a, _ in both], TRACED_NEEDED_UPPER),
+            # Probes may widen this bound and never narrow it: it was calibrated on many more runs.
+            needed_upper=max(
+                TRACED_NEEDED_UPPER, *(o.allocated_bytes / a - 1 for o, a, _ in both)
+            ),
         )
 
     def _corrected(self, traced: TracedMemory) -> tuple[float, float]:
@@ -149,7 +152,10 @@ class MemoryModel:
             reserved_bytes=reserved,
             process_bytes=reserved + self.context.value_bytes,
             process_upper_bytes=round(reserved * (1 + bound)) + self.context.upper_bytes,
-            needed_bytes=round(allocated + min(1.0, share) * (reserved - allocated)),
+            # What probes teach may raise it and never lowers it: it decides what is said to fit.
+            needed_bytes=max(
+                traced.needed_bytes, round(allocated + min(1.0, share) * (reserved - allocated))
+            ),
             instant=traced.instant,
             components=dict(traced.components),
             phases=dict(traced.phases),
@@ -206,6 +212,7 @@ def _bound(residuals: Sequence[float], traced: float) -> float:
 
     With n probes the largest residual is exceeded once in n + 1 times (conformal prediction,
     arXiv 2107.07511, section 1); between it and the traced error, weigh by the number of probes.
+    Half of the traced error stays in any case.
     """
     weight = len(residuals) / (len(residuals) + 4)
-    return weight * max(0.0, *residuals) + (1 - weight) * traced
+    return max(traced / 2, weight * max(0.0, *residuals) + (1 - weight) * traced)

@@ -10,7 +10,6 @@ from lora_advisor.models.allocator import MIB, ROUND, Replay, replay
 from lora_advisor.models.traced import TracedMemory
 from lora_advisor.probes.events import PHASES, Trace
 
-
 #: How close to a cap the smallest one survived is looked for, as a share of the cap: outside, the
 #: answer is the same whatever it is.
 _NEAR = 0.1
@@ -20,9 +19,7 @@ _NEAR = 0.1
 _FINE = 16 * MIB
 
 
-def traced_memory(
-    trace: Trace, *, expandable: bool, cap_bytes: int | None = None
-) -> TracedMemory:
+def traced_memory(trace: Trace, *, expandable: bool, cap_bytes: int | None = None) -> TracedMemory:
     """Replay a trace on a card's allocator.
 
     Args:

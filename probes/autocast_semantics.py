@@ -34,7 +34,8 @@ def cuda_autocast() -> Iterator[None]:
     import torch
 
     is_enabled = torch.is_autocast_enabled
-    library = torch.library.Library("aten", "IMPL")
+    untyped: Any = torch.library  # torch leaves its methods untyped
+    library = untyped.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a kernel is replaced is what is wanted
         for name in _FP32:
@@ -65,7 +66,8 @@ def _operation(name: str) -> Any:
 def _below_autocast() -> Any:
     import torch
 
-    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU))
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    return torch._C._ExcludeDispatchKeyGuard(keys)
 
 
 def _in_fp32(operation: Any) -> Callable[..., Any]:

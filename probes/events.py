@@ -107,8 +107,8 @@ class Trace:
         rows = [(e.block, e.size, numbers[e.phase], e.layer) for e in events]
         table = numpy.array(rows, dtype=numpy.int64).reshape(-1, 4)
         kinds = (numpy.int32, numpy.int64, numpy.int8, numpy.int16)
-        columns = [table[:, i].astype(kind) for i, kind in enumerate(kinds)]
-        return cls(*columns, **rest)
+        blocks, sizes, phases, layers = (table[:, i].astype(k) for i, k in enumerate(kinds))
+        return cls(blocks=blocks, sizes=sizes, phases=phases, layers=layers, **rest)
 
     @cached_property
     def events(self) -> tuple[Event, ...]:
@@ -152,8 +152,12 @@ class Trace:
             column = numpy.frombuffer(data, kind, head["count"], start)
             start += column.nbytes
             columns.append(column)
+        blocks, sizes, phases, layers = columns
         return cls(
-            *columns,
+            blocks=blocks,
+            sizes=sizes,
+            phases=phases,
+            layers=layers,
             owners={int(block): owner for block, owner in head["owners"]},
             layer_of={int(block): layer for block, layer in head["layer_of"]},
             work={(phase, layer): Work(**w) for phase, layer, w in head["work"]},

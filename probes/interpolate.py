@@ -53,7 +53,7 @@ class Family:
         return _mixed(self._traces, shares)
 
     def agrees(self, size: Size, made: Trace, *, within: int) -> bool:
-        """Whether what follows for a size is what its own trace holds, to `within` bytes a block."""
+        """Whether what follows for a size is what its trace holds, to `within` bytes a block."""
         import numpy
 
         own, following = _in_order(made), self.at(size)

@@ -5,8 +5,9 @@ are real, no memory is touched, no GPU and no weights are needed. Each storage t
 allocation, each that dies a release. Where CUDA's semantics differ from the CPU's that the fake
 tensors stand on, `cuda_semantics` says so.
 
-What is not covered: a model compiled as a whole (traced as its eager form), offloaded checkpoints' pinned
-host memory, flash_attention_2's own package (traced as PyTorch's flash kernel, which it equals).
+What is not covered: a model compiled as a whole (traced as its eager form), offloaded checkpoints'
+pinned host memory, flash_attention_2's own package (traced as PyTorch's flash kernel, which it
+equals).
 """
 
 from __future__ import annotations

@@ -142,6 +142,13 @@ def refused(ran: Ran, code: int, *words: str) -> None:
         (["plan", "--objective", "fun"], 64, "`--objective` must be one of"),
         (["plan", "--device", "tpu"], 64, "`--device` must be"),
         (["fit", "--rank", "0"], 64, "`lora.r`"),
+        (["fit", "--map", "--micro-batches", "0,1"], 64, "`--micro-batches` must be whole numbers"),
+        (["fit", "--map", "--seqs", "256;512"], 64, "`--seqs` must be whole numbers"),
+        (["fit", "--map-file", "{tmp}/file/map.png"], 73, "must be a place that can be written"),
+        (["fit", "--map-file", "{tmp}/map.jpg"], 64, "`--map-file` must end in .png"),
+        (["compare", "--micro-batch", "0"], 64, "`micro_batch` must be a whole number"),
+        (["compare", "--method", "lora"], 64, "No such option"),
+        (["compare", "--model", "llama-2-70b"], 64, "did you mean llama-2-7b"),
         (["fit", "--precision", "fp32", "--attention", "flash_attention_2"], 64, "no fp32 form"),
         (["plan", "--precision", "fp32", "--attention", "flash_attention_2"], 64, "no fp32 form"),
         (["plan", "--optimizer", "magic"], 64, "`optimizer` must be one of"),
@@ -359,6 +366,64 @@ def test_fit_takes_a_file(run: Run, tiny: str, tmp_path: Path) -> None:
 
     assert ran.code == 0
     assert json.loads(ran.out)["config"] == config.to_json()
+
+
+def test_fit_names_the_largest_sizes_unless_told_not_to(run: Run, tiny: str) -> None:
+    words = ["fit", "--model", tiny, "--gpu", "rtx-4060", "--vram", 1.5, "--method", "lora",
+             "--checkpointing", "off", "--micro-batch", 2, "--seq", 512]  # fmt: skip
+
+    found = json.loads(run(*words, "--json").out)["largest"]
+
+    assert found["seq_len"] % 64 == 0 and found["micro_batch"] >= 2
+    assert run(*words[:-1], found["seq_len"], "--no-largest").code == 0
+    said = run(*words).out
+    assert "if free to, the process would hold" in said.splitlines()[1]
+    assert f"largest micro-batch that fits at 512 tokens: {found['micro_batch']}" in said
+    assert json.loads(run(*words, "--json", "--no-largest").out)["largest"] is None
+
+
+def test_fit_draws_a_map(run: Run, tiny: str, tmp_path: Path) -> None:
+    picture = tmp_path / "new" / "map.png"
+    words = ["fit", "--model", tiny, "--gpu", "rtx-4060", "--map-file", picture,
+             "--micro-batches", "1,2", "--seqs", "64,128", "--seq", 128]  # fmt: skip
+
+    data = run(*words, "--json")
+
+    answer = json.loads(data.out)
+    assert data.code == answer["exit_code"] == 0
+    assert [(c["micro_batch"], c["seq_len"]) for c in answer["cells"]] == [
+        (1, 64), (1, 128), (2, 64), (2, 128)
+    ]  # fmt: skip
+    assert set(answer["cells"][0]) == {
+        "micro_batch", "seq_len", "process_bytes", "at_least", "verdict"
+    }  # fmt: skip
+    assert answer["limit_bytes"] == int(7.75 * GIB)
+    assert picture.stat().st_size > 10_000
+    said = run(*words)
+    assert "[+]" in said.out and f"picture in {picture}" in said.out
+    assert "\x1b" not in said.out
+
+
+# compare -----------------------------------------------------------------------------------------
+
+
+def test_compare_is_the_plain_trainer_unless_told_otherwise(run: Run, tiny: str) -> None:
+    words = ["compare", "--model", tiny, "--gpu", "rtx-4060"]
+
+    data = json.loads(run(*words, "--json").out)
+
+    assert [method["method"] for method in data["methods"]] == ["full", "lora", "qlora"]
+    for method in data["methods"]:
+        config = method["config"]
+        assert (config["trainer"], config["loss"]) == ("transformers", "full")
+        assert (config["checkpointing"], config["precision"]) == ("off", "bf16")
+        assert (config["micro_batch"], config["seq_len"]) == (4, 512)
+        assert method["prediction"]["tokens_per_s"]["low"] > 0
+    changed = json.loads(run(*words, "--trainer", "trl", "--seq", 64, "--json").out)
+    assert {method["config"]["loss"] for method in changed["methods"]} == {"fused"}
+    assert {method["config"]["seq_len"] for method in changed["methods"]} == {64}
+    said = run(*words).out
+    assert "full fine-tuning" in said and "optimizer step" in said
 
 
 # predict -----------------------------------------------------------------------------------------
