@@ -72,15 +72,36 @@ def gib_bytes(name: str, value: float) -> int:
 
 
 def vram_bytes(options: dict[str, Any], machine: Machine) -> int:
-    """Return the memory to plan for: what was given, else what the device has."""
+    """Return the memory to plan for: what was given, else what the device has.
+
+    Of a card that is here it is never more than is free before anything is loaded: a desktop and
+    its browser hold some of it.
+    """
     given = options["vram"]
+    free = free_bytes() if machine.kind == "cuda" else None
     if given is None:
-        return int(machine.memory_bytes * (0.8 if machine.kind == "cpu" else 1.0))
+        return free or int(machine.memory_bytes * (0.8 if machine.kind == "cpu" else 1.0))
     if not given > 0:
         raise UsageError(
             f"`--vram` must be above 0 GiB, but got {given:g}; give the card's memory."
         )
-    return gib_bytes("--vram", given)
+    size = gib_bytes("--vram", given)
+    if free is None or size <= free:
+        return size
+    import click
+
+    click.echo(
+        f"of {size / GIB:.2f} GiB only {free / GIB:.2f} are free now; planning for those", err=True
+    )
+    return free
+
+
+def free_bytes() -> int | None:
+    """Return what is free on the first GPU now; None where the driver does not tell."""
+    from lora_advisor.probes import nvml
+
+    memory = nvml.memory()
+    return None if memory is None else memory.free_bytes
 
 
 def machine_of(options: dict[str, Any]) -> tuple[Machine, Card | None]:

@@ -16,6 +16,7 @@ from typing import Any
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.search import rank
 from lora_advisor.advisor.space import Space
+from lora_advisor.advisor.spill import without_spills
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
@@ -87,12 +88,20 @@ def reuse(session: Session, record: Path) -> None:
             continue
         if result.architecture != session.architecture.fingerprint:
             continue
+        result = _as_fit(session, result)
         if result.outcome == "ok" or _still_too_large(result, session.cap_bytes):
             useful.append(result)
     if useful:
         session.say(f"{len(useful)} earlier probes of this machine and stack taken up")
         session.reused = len(useful)
         session.predictor = session.predictor.learn(useful)
+
+
+def _as_fit(session: Session, result: ProbeResult) -> ProbeResult:
+    """Count a run that the driver let spill to the host as one that did not fit."""
+    if result.machine.kind != "cuda" or result.outcome != "ok" or not result.config.is_buildable:
+        return result
+    return without_spills(result, session.predictor.predict(result.config).step_s)
 
 
 def _still_too_large(result: ProbeResult, cap_bytes: int | None) -> bool:
@@ -123,7 +132,7 @@ def run(session: Session, config: RunConfig, why: str) -> ProbeResult:
         return known
     assert session.probe is not None
     started = time.monotonic()
-    result = session.probe(config)
+    result = _as_fit(session, session.probe(config))
     session.probing_s += time.monotonic() - started
     session.probes += 1
     session.predictor = session.predictor.learn([result])

@@ -114,7 +114,7 @@ def spread(errors: Sequence[float]) -> dict[str, Any] | None:
 
 def score(rows: Sequence[dict[str, Any]], model: MemoryModel) -> dict[str, Any]:
     """Errors of a model on rows that ran without giving back cached memory."""
-    free = [row for row in rows if row["ok"] and row["cap"] is None or not row["retries"]]
+    free = [row for row in rows if (row["ok"] and row["cap"] is None) or not row["retries"]]
     free = [row for row in free if row["ok"] and row["reserved"]]
     found: dict[str, list[float]] = {"allocated": [], "reserved": [], "process": []}
     for row in free:

@@ -130,9 +130,7 @@ class MemoryModel:
             model,
             upper=_bound([o.reserved_bytes / r - 1 for o, _, r in both], TRACED_RESERVED_UPPER),
             # Probes may widen this bound and never narrow it: it was calibrated on many more runs.
-            needed_upper=max(
-                TRACED_NEEDED_UPPER, *(o.allocated_bytes / a - 1 for o, a, _ in both)
-            ),
+            needed_upper=max(TRACED_NEEDED_UPPER, *(o.allocated_bytes / a - 1 for o, a, _ in both)),
         )
 
     def _corrected(self, traced: TracedMemory) -> tuple[float, float]:

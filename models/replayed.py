@@ -49,7 +49,7 @@ def brief_memory(trace: Trace, *, expandable: bool, cap_bytes: int) -> TracedMem
     """Return what decides whether a trace fits a cap, in a tenth of the time.
 
     Where the live tensors alone are beyond the cap, the figures are lower bounds; stages are left
-    out, and the smallest cap is found to 1 % only.
+    out.
     """
     rounded = numpy.sign(trace.sizes) * -(-numpy.abs(trace.sizes) // ROUND) * ROUND
     live = numpy.cumsum(rounded)
@@ -69,7 +69,7 @@ def brief_memory(trace: Trace, *, expandable: bool, cap_bytes: int) -> TracedMem
     result = replay(events, expandable=expandable)
     smallest = result.reserved_bytes
     if smallest > cap_bytes * (1 - _NEAR):
-        smallest = needed(events, result, expandable=expandable, to_bytes=cap_bytes // 100)
+        smallest = needed(events, result, expandable=expandable, to_bytes=_FINE)
     return TracedMemory(
         allocated_bytes=result.allocated_bytes,
         reserved_bytes=result.reserved_bytes,

@@ -1,8 +1,14 @@
-"""Expected values: by hand from the rules in c10/cuda/CUDACachingAllocator.cpp (PyTorch 2.13)."""
+"""Expected values: by hand from the rules in c10/cuda/CUDACachingAllocator.cpp (PyTorch 2.13).
+
+And from an H100, whose allocator's every event was recorded.
+"""
 
 from __future__ import annotations
 
+import gzip
 import itertools
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -11,6 +17,7 @@ import pytest
 from lora_advisor.models.allocator import CachingAllocator, replay
 
 KIB, MIB = 2**10, 2**20
+RECORDINGS = Path(__file__).parent / "recordings"
 
 
 def take(allocator: CachingAllocator, size: int) -> object:
@@ -242,3 +249,37 @@ def test_what_is_allocated_stays_below_what_is_reserved_below_the_cap(
     for _, block in held:
         allocator.release(block)
     assert allocator.allocated == 0
+
+
+@pytest.mark.parametrize(
+    ("row", "empties_cache"),
+    [(14, True), (27, False)],
+    ids=["4-bit experts, which empty the cache", "LoRA"],
+)
+def test_the_events_of_an_h100_reach_the_peaks_it_reported(row: int, empties_cache: bool) -> None:
+    records = (RECORDINGS / "h100-arms-2026-11-24.jsonl").read_text("utf-8").splitlines()
+    recorded = json.loads(records[row])
+    with gzip.open(RECORDINGS / f"h100-arms-2026-11-24-events-{row}.json.gz") as file:
+        events: list[tuple[str, int, int]] = json.load(file)  # action, address, bytes
+    actions = [action for action, _, _ in events]
+    assert ("segment_free" in actions) == empties_cache
+    allocator = CachingAllocator()
+    held: dict[int, Any] = {}
+    segments = peak = 0
+
+    for (action, address, size), next_action in zip(events, [*actions[1:], ""], strict=True):
+        if action == "alloc":
+            held[address] = allocator.allocate(size)
+            peak = max(peak, allocator.allocated)
+            assert allocator.reserved == segments
+        elif action == "free_completed":
+            allocator.release(held.pop(address))
+        elif action == "segment_alloc":
+            segments += size
+        elif action == "segment_free":
+            segments -= size
+            if next_action != "segment_free":
+                allocator.empty_cache()
+
+    assert peak == recorded["allocated_bytes"]
+    assert allocator.reserved_peak == recorded["reserved_bytes"]
