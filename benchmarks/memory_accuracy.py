@@ -4,9 +4,9 @@
 
 RECORDS holds lines of `memory_on_card.py` (probe records), or lines with `config`, `hf_config`,
 `cap_gib` and `measured`. No figure of a row is used to predict it; "after five probes" learns from
-the first five rows of the file that ran, and is scored on the others. Rows of other engines are left
-out. A verdict is asked for every card: the truth is the run in its memory, or, where there was none
-to make, the uncapped peaks. Writes benchmarks/results/memory_accuracy.json.
+the first five rows of the file that ran, and is scored on the others. Rows of other engines are
+left out. A verdict is asked for every card: the truth is the run in its memory, or, where there was
+none to make, the uncapped peaks. Writes benchmarks/results/memory_accuracy.json.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ A case is a RunConfig, with `hf_config` beside its fields where the model is not
 making them and, with --events, `"events": true` to keep every allocation and release of its
 allocator. With --cards each case also runs in the memory of each such card (GiB, less context)
 that its own peaks do not settle: live tensors within it, the reserve not. A record is a
-ProbeResult. The libraries are imported once; each case runs in a fork of that process, which makes its own CUDA
-context and ends with the case.
+ProbeResult. The libraries are imported once; each case runs in a fork of that process, which makes
+its own CUDA context and ends with the case.
 """
 
 from __future__ import annotations

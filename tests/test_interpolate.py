@@ -30,10 +30,10 @@ WITH_SCORES: tuple[Rule, ...] = (*WITHOUT_SCORES, lambda b, s: 24 * b * s * s + 
 
 
 def step(rules: Sequence[Rule], size: Size, **rest: Any) -> Trace:
-    """Return a step that takes a block by each rule and releases it in reverse order."""
+    """Return a step that takes a block by each rule, then releases them in their order."""
     numbered = list(enumerate((rule(*size) for rule in rules), start=1))
     events = [Event(number, taken, "forward") for number, taken in numbered]
-    events += [Event(number, -taken, "backward") for number, taken in reversed(numbered)]
+    events += [Event(number, -taken, "backward") for number, taken in numbered]
     fields: dict[str, Any] = {
         "owners": {},
         "layer_of": {},
