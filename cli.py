@@ -160,7 +160,9 @@ def plan(**options: Any) -> int:  # fmt: skip
         check_writable(options["out"])  # before the probes, whose result it is to hold
     spec, data = spec_of(options)
     record = options["record"] or cache_dir() / "probes.jsonl"
-    made = make_plan(spec, record=record, data=data, say=_say, fresh=options["fresh"])
+    made = make_plan(
+        spec, record=record, data=data, say=_say, fresh=options["fresh"], cache=trace_cache()
+    )
     if options["out"] is not None:
         write_plan(options["out"], made)
         _say(f"plan written to {options['out']}")
@@ -336,7 +338,12 @@ def predict(cases: Path, **options: Any) -> int:  # fmt: skip
     machine, card = machine_of({**options, "device": "auto"})
     limit = vram_bytes(options, machine)
     answers = predict_cases(
-        cases, machine=machine, card=card, limit_bytes=limit, stack=detect_stack()
+        cases,
+        machine=machine,
+        card=card,
+        limit_bytes=limit,
+        stack=detect_stack(),
+        cache=trace_cache(),
     )
     if options["as_json"]:
         click.echo(json.dumps({"predictions": list(answers)}))

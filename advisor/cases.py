@@ -17,7 +17,13 @@ from lora_advisor.probes.plan import plain_json
 
 
 def predict_cases(
-    path: Path, *, machine: Machine, card: Card | None, limit_bytes: int, stack: Stack
+    path: Path,
+    *,
+    machine: Machine,
+    card: Card | None,
+    limit_bytes: int,
+    stack: Stack,
+    cache: Path | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield one answer a line of the file.
 
@@ -45,7 +51,12 @@ def predict_cases(
             key = (architecture.fingerprint, config.precision)
             if key not in predictors:
                 predictors[key] = Predictor.start(
-                    architecture, machine, card, limit_bytes=limit_bytes, precision=config.precision
+                    architecture,
+                    machine,
+                    card,
+                    limit_bytes=limit_bytes,
+                    precision=config.precision,
+                    cache=cache,
                 )
             answer.update(_answer(predictors[key], config, stack))
         except AdvisorError as error:

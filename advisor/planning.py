@@ -57,6 +57,7 @@ def make_plan(
     say: Say = lambda line: None,
     fresh: bool = False,
     probe: Probe | None = None,
+    cache: Path | None = None,
 ) -> Plan:
     """Return the plan for a spec.
 
@@ -67,12 +68,13 @@ def make_plan(
         say: Called with a line of progress.
         fresh: Do not use earlier results.
         probe: Runs a probe; by default a child process on the spec's device.
+        cache: File that keeps what traces came to; None to keep nothing.
 
     Raises:
         NothingFitsError: No configuration fits.
         AdvisorError: As the parts raise it.
     """
-    session = _open(spec, say)
+    session = _open(spec, say, cache)
     if spec.device != "none":
         check_writable(record)
         session.probe = probe or prober(session, record)
@@ -81,7 +83,7 @@ def make_plan(
     return _plan(session, data)
 
 
-def _open(spec: Spec, say: Say) -> Session:
+def _open(spec: Spec, say: Say, cache: Path | None) -> Session:
     architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
     stack = detect_stack()
     card: Card | None
@@ -106,6 +108,7 @@ def _open(spec: Spec, say: Say) -> Session:
         limit_bytes=spec.vram_bytes - spec.reserve_bytes,
         precision=space.axes["precision"][0],
         context_bytes=context,
+        cache=cache,
     )
     return Session(spec, architecture, machine, stack, card, space, predictor, None, say, cap)
 

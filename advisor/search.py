@@ -73,6 +73,8 @@ def search(
     def run(trial: optuna.Trial) -> float:
         choice = {k: trial.suggest_categorical(k, list(v)) for k, v in space.axes.items()}
         progress(trial.number + 1)
+        if space.is_pointless(choice):
+            raise optuna.TrialPruned
         try:
             config = space.config(choice)
         except UsageError:
@@ -130,7 +132,8 @@ def _plain_choices(space: Space) -> list[dict[str, Any]]:
         knob: values[:1] if knob in _SECONDARY else values for knob, values in space.axes.items()
     }
     axes["micro_batch"] = tuple(_bisection(sorted(axes.pop("micro_batch"))))
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    choices = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    return [choice for choice in choices if not space.is_pointless(choice)]
 
 
 def _varied_choices(space: Space, best: Sequence[Candidate]) -> list[dict[str, Any]]:

@@ -45,12 +45,24 @@ class Space:
         return RunConfig(**values)
 
     def configs(self) -> Iterator[RunConfig]:
-        """Return every legal configuration."""
+        """Return every legal configuration that is worth a look."""
         for values in itertools.product(*self.axes.values()):
+            choice = dict(zip(self.axes, values, strict=True))
+            if self.is_pointless(choice):
+                continue
             try:
-                yield self.config(dict(zip(self.axes, values, strict=True)))
+                yield self.config(choice)
             except UsageError:
                 continue
+
+    def is_pointless(self, choice: Mapping[str, Any]) -> bool:
+        """Whether a choice is another one under a second name.
+
+        Liger's kernels break a layer's graph (liger_kernel/backends/dispatch.py is kept from the
+        compiler), so a layer that has them runs as it is. Where both are asked for, so be it.
+        """
+        both = choice["compile"] == "layers" and choice["kernels"] == "liger"
+        return both and len(self.axes["compile"]) * len(self.axes["kernels"]) > 1
 
 
 def _loss(values: Mapping[str, Any]) -> str:
@@ -140,9 +152,7 @@ def _exclude(
     elif stack.liger_kernel is None:
         leave_out("kernels", "liger", "liger-kernel is not installed (lora-advisor[gpu])")
     if machine.kind == "card":
-        leave_out(
-            "compile", "layers", "what compiled layers need can only be measured, on the card"
-        )
+        leave_out("compile", "layers", "what compiling gains can only be measured, on the card")
     if stack.trl is None:
         axes["trainer"] = ("transformers",)
         excluded.append(("trainer trl", "trl is not installed"))

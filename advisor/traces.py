@@ -58,13 +58,16 @@ class TraceStore:
         return self.memories[kept, cap_bytes]
 
     def work(self, config: RunConfig) -> tuple[Work, Work]:
-        """Return the work of a step's end (gradient norm, optimizer) and that of a micro-batch."""
-        traced = _traced_as(config)
-        if traced not in self.works:
-            self._look_up(_replayed_as(config), None)
-        if traced not in self.works:
-            self.works[traced] = _summed(self.get(config))
-        return self.works[traced]
+        """Return the work of a step's end (gradient norm, optimizer) and that of a micro-batch.
+
+        It is that of the eager step: what compiling leaves of it, the throughput model knows.
+        """
+        eager = _traced_as(config).replace(compile="off")
+        if eager not in self.works:
+            self._look_up(_replayed_as(eager), None)
+        if eager not in self.works:
+            self.works[eager] = _summed(self.get(eager))
+        return self.works[eager]
 
     def get(self, config: RunConfig) -> Trace:
         """Return the trace of a configuration.
@@ -131,10 +134,10 @@ class TraceStore:
     def _look_up(self, kept: RunConfig, cap_bytes: int | None) -> None:
         """Take from the cache what it holds of a configuration."""
         entry = self.cache.get(self._key(kept))
-        if entry is None:
+        if entry is None or "work" not in entry:
             return
         once, each = (Work(**amount) for amount in entry["work"])
-        self.works.setdefault(_traced_as(kept), (once, each))
+        self.works.setdefault(_traced_as(kept).replace(compile="off"), (once, each))
         memory = entry["memory"].get(str(cap_bytes))
         if memory is not None and cap_bytes is not None:
             self.memories[kept, cap_bytes] = TracedMemory(**memory)
@@ -157,10 +160,11 @@ class TraceStore:
 
     def _made(self, config: RunConfig) -> Trace:
         trace = trace_quietly(config, self.architecture, self.capability)
-        work = [dataclasses.asdict(amount) for amount in _summed(trace)]
         key = self._key(config)
         entry = self.cache.get(key) or {"memory": {}}
-        self.cache.put(key, {**entry, "work": work}, trace.to_bytes())
+        if config.compile == "off":
+            entry["work"] = [dataclasses.asdict(amount) for amount in _summed(trace)]
+        self.cache.put(key, entry, trace.to_bytes())
         return trace
 
     def _kept(self, config: RunConfig) -> Trace | None:
