@@ -23,6 +23,7 @@ from lora_advisor.advisor.asking import (
     cache_dir,
     machine_of,
     spec_of,
+    trace_cache,
     training_device,
     vram_bytes,
 )
