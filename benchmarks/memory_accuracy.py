@@ -113,16 +113,16 @@ def spread(errors: Sequence[float]) -> dict[str, Any] | None:
 
 
 def score(rows: Sequence[dict[str, Any]], model: MemoryModel) -> dict[str, Any]:
-    """Errors of a model on rows that ran without giving back cached memory."""
-    free = [row for row in rows if (row["ok"] and row["cap"] is None) or not row["retries"]]
-    free = [row for row in free if row["ok"] and row["reserved"]]
+    """Errors of a model on rows that ran; of reserve and process where no cache was given back."""
+    ran = [row for row in rows if row["ok"]]
+    free = [row for row in ran if row["cap"] is None or not row["retries"]]
     found: dict[str, list[float]] = {"allocated": [], "reserved": [], "process": []}
-    for row in free:
-        memory = model.predict(row["traced"], row["run_config"])
-        for kind in found:
+    for kind, errors in found.items():
+        for row in ran if kind == "allocated" else free:
+            memory = model.predict(row["traced"], row["run_config"])
             error = _percent(getattr(memory, f"{kind}_bytes"), row[kind])
             if error is not None:
-                found[kind].append(error)
+                errors.append(error)
     result: dict[str, Any] = {kind: spread(errors) for kind, errors in found.items()}
     uppers = [
         row["process"] <= model.predict(row["traced"], row["run_config"]).process_upper_bytes

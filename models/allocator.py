@@ -21,6 +21,8 @@ SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
 LARGE_SEGMENT = 20 * MIB  # kLargeBuffer
 MIN_LARGE = 10 * MIB  # kMinLargeAlloc
 ROUND_LARGE = 2 * MIB  # kRoundLarge
+#: Address of the large pool's expanding segment: far from the small one's, at a page.
+_LARGE_BASE = LARGE_SEGMENT << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ class CachingAllocator:
 
     def _expand(self, pool: _Pool, size: int) -> _Block | None:
         """Map pages at the end of the pool's one segment."""
-        page = SMALL_SEGMENT if pool.small else LARGE_SEGMENT
+        page = _page(pool)
         tail = pool.tail
         spare = tail.size if tail is not None and tail.free else 0
         need = -(-(size - spare) // page) * page
@@ -167,7 +169,9 @@ class CachingAllocator:
             tail.size += need
             pool.add(tail)
             return tail
-        address = tail.address + tail.size if tail is not None else (0 if pool.small else 1 << 50)
+        address = (
+            tail.address + tail.size if tail is not None else (0 if pool.small else _LARGE_BASE)
+        )
         block = _Block(address, need, pool, 0)
         block.previous = tail
         if tail is not None:
@@ -197,19 +201,53 @@ class CachingAllocator:
         block.pool.add(remainder)
 
     def empty_cache(self) -> None:
-        """Give back every segment that is free as a whole (expanding ones: their free end)."""
+        """Give back every segment that is free as a whole (expanding ones: every free page)."""
         for pool in (self._small, self._large):
             for block in list(pool.blocks.values()):
-                if self.expandable and block is not pool.tail:
-                    continue
-                if not self.expandable and (block.previous is not None or block.next is not None):
-                    continue
-                pool.remove(block)
-                self.reserved -= block.size
                 if self.expandable:
-                    pool.tail = block.previous
-                    if block.previous is not None:
-                        block.previous.next = None
+                    self._unmap(block)
+                elif block.previous is None and block.next is None:
+                    pool.remove(block)
+                    self.reserved -= block.size
+
+    def _unmap(self, block: _Block) -> None:
+        """Unmap the whole pages of a free block of an expanding segment.
+
+        What is left of it on either side stays free. The addresses between are not used again
+        here: a segment reserves more of them than the card has memory (`ExpandableSegment`).
+        """
+        pool, page = block.pool, _page(block.pool)
+        start = -(-block.address // page) * page
+        end = (block.address + block.size) // page * page
+        if end <= start:
+            return
+        pool.remove(block)
+        self.reserved -= end - start
+        for address, size, after in (
+            (block.address, start - block.address, False),
+            (end, block.address + block.size - end, True),
+        ):
+            if size:
+                self._beside(block, _Block(address, size, pool, block.segment), after=after)
+        block.address, block.size, block.free = start, end - start, False
+
+    def _beside(self, block: _Block, piece: _Block, *, after: bool) -> None:
+        """Link a free piece into a segment, before or after a block of it."""
+        if after:
+            piece.previous, piece.next, block.next = block, block.next, piece
+            if piece.next is not None:
+                piece.next.previous = piece
+            elif block.pool.tail is block:
+                block.pool.tail = piece
+        else:
+            piece.previous, piece.next, block.previous = block.previous, block, piece
+            if piece.previous is not None:
+                piece.previous.next = piece
+        block.pool.add(piece)
+
+
+def _page(pool: _Pool) -> int:
+    return SMALL_SEGMENT if pool.small else LARGE_SEGMENT
 
 
 def _segment_size(size: int) -> int:

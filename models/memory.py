@@ -163,15 +163,22 @@ class MemoryModel:
     def verdict(self, config: RunConfig, memory: MemoryPrediction, limit_bytes: int) -> str:
         """Say whether a run fits a card's memory less the reserve.
 
-        It fits where the smallest cap it survives, with its error, is within the limit; it does not
-        where that cap is above, with its error the other way; between, only a run can tell. So it
-        is for a model that is compiled as a whole, whose memory the eager trace does not bound.
+        It fits where the smallest cap it survives, with its error, is within the limit and the
+        allocator need not give back cached memory to stay there: segments that do not expand may be
+        too cut up for that by then. It does not fit where the smallest cap survived is above, with
+        its error the other way. Between, only a run can tell. So it is where what is compiled is
+        not bounded by the trace: a whole model, and 4-bit layers, of which one torch keeps three
+        times what another does.
         """
         upper = self.needed_upper + (_COMPILED_UPPER if config.compile != "off" else 0.0)
-        most = memory.needed_bytes * (1 + upper) + self.context.upper_bytes
-        least = memory.needed_bytes * (1 - TRACED_NEEDED_LOWER) + self.context.value_bytes
-        if most <= limit_bytes and config.compile != "model":
+        most = memory.needed_bytes * (1 + upper)
+        if config.allocator == "default":
+            most = max(most, memory.reserved_bytes)
+        packed = config.compile == "layers" and config.method == "qlora"
+        bounded = config.compile != "model" and not packed
+        if most + self.context.upper_bytes <= limit_bytes and bounded:
             return "fits"
+        least = memory.needed_bytes * (1 - TRACED_NEEDED_LOWER) + self.context.value_bytes
         return "does not fit" if least > limit_bytes else "uncertain"
 
 
