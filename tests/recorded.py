@@ -49,7 +49,7 @@ def run_of(row: dict[str, Any]) -> tuple[RunConfig, Architecture]:
 @cache
 def trace_of(number: int) -> Trace:
     """Return the trace of a recorded row, made once in a test run."""
-    return trace_all_layers(*run_of(_lines()[number]))
+    return trace_all_layers(*run_of(_lines()[number]), capability="9.0")
 
 
 def tiny(**changes: Any) -> Architecture:

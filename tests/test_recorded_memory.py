@@ -1,4 +1,4 @@
-"""Runs of an H100 whose figures nothing was tuned to: what their traces come to on its allocator."""
+"""Runs of an H100 that nothing was tuned to: what their traces come to on its allocator."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_advisor.models.memory import context_of, traced_memory
+from lora_advisor.models.memory import context_of
+from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes.architectures import from_hf_config
 from lora_advisor.probes.extend import trace_all_layers
 from lora_advisor.probes.record import ProbeResult, read_records
@@ -27,8 +28,12 @@ def test_every_ending_is_in_the_records() -> None:
 
 @pytest.mark.parametrize("result", EAGER.values(), ids=["-".join(map(str, key)) for key in EAGER])
 def test_the_trace_of_a_recorded_probe_is_within_half_a_per_cent(result: ProbeResult) -> None:
-    trace = trace_all_layers(result.config, from_hf_config("recorded", dict(result.hf_config)))
-    traced = traced_memory(trace, result.machine.capability, expandable=False)
+    trace = trace_all_layers(
+        result.config,
+        from_hf_config("recorded", dict(result.hf_config)),
+        capability=result.machine.capability,
+    )
+    traced = traced_memory(trace, expandable=False)
 
     assert result.allocated_bytes is not None and result.reserved_bytes is not None
     assert traced.allocated_bytes == pytest.approx(result.allocated_bytes, rel=0.005)
