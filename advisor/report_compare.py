@@ -16,7 +16,7 @@ _MEANING = """\
 stages: the most that live tensors take while each runs; the largest (*) is the peak
 held: what PyTorch's caching allocator takes for that when nothing stops it
 process: that with the CUDA context; at most: a one-sided bound on it
-verdict: whether it gets by within the limit, giving cached memory back where it must
+verdict: whether that fits the limit, as sure as the trace is
 speed: padding included, with the range it lies in nine times of ten
 All of it is traced: the step's allocations and kernels, replayed; a prediction, not measured."""
 

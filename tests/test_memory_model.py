@@ -65,8 +65,9 @@ def test_no_recorded_run_that_ran_out_of_memory_was_said_to_fit() -> None:
         for when in ("traced", "after five probes"):
             verdicts = results[name][f"verdicts, {when}"]
             assert verdicts["asked"] >= 100
-            assert verdicts["false fits"] == 0
-            assert verdicts["uncertain"] <= verdicts["asked"] / 10
+            assert verdicts["false fits"] == verdicts["false does-not-fit"] == 0
+            # The arms were picked, compiled 4-bit layers among them, which only a run can tell.
+            assert name == "arms" or verdicts["uncertain"] <= verdicts["asked"] / 10
 
 
 @pytest.mark.parametrize("expandable", [False, True])
