@@ -27,6 +27,7 @@ from lora_advisor.advisor.asking import (
     training_device,
     vram_bytes,
 )
+from lora_advisor.advisor.bench_command import bench
 from lora_advisor.advisor.options import (
     accumulation_option,
     knob_options,
@@ -94,7 +95,11 @@ def group() -> None:
       lora-advisor fit --model qwen2.5-7b --seq 2048 --vram 8
       lora-advisor compare --model llama-2-7b --gpu a100-80gb
       lora-advisor train plan.json --data chat.jsonl --output runs/first
+      lora-advisor bench --vram 8
     """
+
+
+group.add_command(bench)
 
 
 @group.command()

@@ -111,6 +111,5 @@ def _predictor(options: dict[str, Any], config: RunConfig) -> Predictor:
         machine,
         card,
         limit_bytes=limit,
-        precision=config.precision,
         cache=trace_cache(),
     )

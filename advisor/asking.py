@@ -130,7 +130,7 @@ def _targets(options: dict[str, Any]) -> str | tuple[str, ...]:
 
 
 def _fixed(options: dict[str, Any]) -> dict[str, Any]:
-    names = (*KNOBS, "micro_batch", "packing")
+    names = (*KNOBS, "micro_batch", "packing", "group_by_length")
     return {name: options[name] for name in names if options[name] is not None}
 
 
@@ -157,7 +157,7 @@ def spec_of(options: dict[str, Any]) -> tuple[Spec, DataSummary | None]:
         alpha=options["alpha"] if options["alpha"] is not None else 2 * options["rank"],
         dropout=options["dropout"],
         targets=_targets(options),
-        probe_budget_s=_seconds(options["budget"]),
+        probe_budget_s=seconds_of(options["budget"]),
         objective=options["objective"],
         device=device,
         gpu=None if device != "none" or card is None else card.key,
@@ -167,7 +167,8 @@ def spec_of(options: dict[str, Any]) -> tuple[Spec, DataSummary | None]:
     return spec, data
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
+    """Turn a time such as 120s, 5m or 2h into seconds."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
     number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1.0)
     try:

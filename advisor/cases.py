@@ -41,21 +41,20 @@ def predict_cases(
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"`{path}` must be a text file of configurations, but {error}.") from None
-    predictors: dict[tuple[str, str], Predictor] = {}
+    predictors: dict[str, Predictor] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         answer: dict[str, Any] = {"line": number}
         try:
             config, architecture = _case(line)
-            key = (architecture.fingerprint, config.precision)
+            key = architecture.fingerprint
             if key not in predictors:
                 predictors[key] = Predictor.start(
                     architecture,
                     machine,
                     card,
                     limit_bytes=limit_bytes,
-                    precision=config.precision,
                     cache=cache,
                 )
             answer.update(_answer(predictors[key], config, stack))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lora_advisor.advisor.lengths import length_counts
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.dataset import read_examples
 from lora_advisor.probes.errors import UsageError
@@ -43,5 +44,6 @@ def summarise(
         tokens=sum(len(row["input_ids"]) for row in data.rows),
         truncated=data.truncated,
         dropped=data.dropped,
+        length_counts=length_counts(len(row["input_ids"]) for row in data.rows),
     )
     return summary, seq_len

@@ -54,6 +54,12 @@ def knob_options(*left_out: str, micro_batch: int | None = None) -> Callable[[F]
             "--packing", is_flag=True, default=None, help="Let short rows share a sequence."
         ),
         click.option(
+            "--group-by-length",
+            is_flag=True,
+            default=None,
+            help="Let rows of like length share a micro-batch.",
+        ),
+        click.option(
             "--micro-batch",
             type=int,
             default=micro_batch,

@@ -11,34 +11,28 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lora_advisor.advisor.arms import arm_of, describe, short_form
 from lora_advisor.advisor.predictor import Predictor
-from lora_advisor.advisor.probing import (
-    Probe,
-    Say,
-    Session,
-    arm_of,
-    describe,
-    probe_loop,
-    prober,
-    prove,
-    reuse,
-    run,
-    short_form,
-    with_results,
-)
+from lora_advisor.advisor.probing import check_budget, probe_loop, prove, with_results
 from lora_advisor.advisor.search import rank, search
+from lora_advisor.advisor.session import Probe, Say, Session, prober, reuse, run
 from lora_advisor.advisor.space import baseline_config, build_space
-from lora_advisor.probes.architectures import resolve_architecture
+from lora_advisor.advisor.study_file import write_study
+from lora_advisor.probes.architectures import Architecture, resolve_architecture
 from lora_advisor.probes.cards import Card, card_of, find_card
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import AdvisorError
+from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import GIB, detect_machine, detect_stack
 from lora_advisor.probes.plan import Candidate, DataSummary, Plan
 from lora_advisor.probes.record import check_writable
 from lora_advisor.probes.runner import capped_bytes, context_bytes_of
 from lora_advisor.probes.spec import Spec
+
+if TYPE_CHECKING:
+    import optuna
 
 _RUNNERS_UP = 5
 
@@ -58,6 +52,7 @@ def make_plan(
     fresh: bool = False,
     probe: Probe | None = None,
     cache: Path | None = None,
+    study_file: Path | None = None,
 ) -> Plan:
     """Return the plan for a spec.
 
@@ -69,22 +64,38 @@ def make_plan(
         fresh: Do not use earlier results.
         probe: Runs a probe; by default a child process on the spec's device.
         cache: File that keeps what traces came to; None to keep nothing.
+        study_file: SQLite file that the search's study is added to; None to keep none.
 
     Raises:
         NothingFitsError: No configuration fits.
         AdvisorError: As the parts raise it.
     """
-    session = _open(spec, say, cache)
-    if spec.device != "none":
-        check_writable(record)
-        session.probe = probe or prober(session, record)
-        if not fresh:
-            reuse(session, record)
-    return _plan(session, data)
-
-
-def _open(spec: Spec, say: Say, cache: Path | None) -> Session:
     architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
+    server = None
+    if spec.device == "cuda":
+        # Its imports go on while the first questions are answered here.
+        server = ForkServer(offline=architecture.weights is None)
+    session = _open(spec, architecture, say, cache, server)
+    session.predictor.store.server = server
+    try:
+        if spec.device != "none":
+            check_writable(record)
+            session.probe = probe or prober(session, record, server)
+            if not fresh:
+                reuse(session, record)
+        plan, study = _plan(session, data)
+    finally:
+        session.predictor.store.close()
+        if server is not None:
+            server.close()
+    if study_file is not None:
+        write_study(study_file, study, plan)
+    return plan
+
+
+def _open(
+    spec: Spec, architecture: Architecture, say: Say, cache: Path | None, server: ForkServer | None
+) -> Session:
     stack = detect_stack()
     card: Card | None
     if spec.device == "none":
@@ -97,7 +108,7 @@ def _open(spec: Spec, say: Say, cache: Path | None) -> Session:
     context = None
     cap = None
     if spec.device == "cuda":
-        context = context_bytes_of(machine)
+        context = context_bytes_of(machine, server)
         cap = capped_bytes(spec.vram_bytes, context or 0, spec.reserve_bytes)
     elif spec.device == "cpu":
         cap = spec.vram_bytes - spec.reserve_bytes
@@ -106,25 +117,27 @@ def _open(spec: Spec, say: Say, cache: Path | None) -> Session:
         machine,
         card,
         limit_bytes=spec.vram_bytes - spec.reserve_bytes,
-        precision=space.axes["precision"][0],
         context_bytes=context,
         cache=cache,
     )
     return Session(spec, architecture, machine, stack, card, space, predictor, None, say, cap)
 
 
-def _plan(session: Session, data: DataSummary | None) -> Plan:
-    baseline = _baseline(session)
+def _plan(session: Session, data: DataSummary | None) -> tuple[Plan, optuna.Study]:
     session.say("searching the space over the models")
     found = search(
         session.space,
         session.predictor,
         objective=session.spec.objective,
         seed=session.spec.seed,
+        free_trials=session.spec.free_trials,
     )
     session.trials = found.trials
     configs = [candidate.config for candidate in found.feasible]
+    baseline = _baseline(session)
     if session.probe is not None:
+        if baseline is not None and _is_as_fixed(session, baseline.config):
+            configs.append(baseline.config)
         probe_loop(session, configs)
         chosen = prove(session, configs)
     else:
@@ -132,7 +145,12 @@ def _plan(session: Session, data: DataSummary | None) -> Plan:
         chosen = safe[0] if safe else None
     if chosen is None:
         raise NothingFitsError(_nothing_fits(session, found.infeasible, configs))
-    return _finish(session, chosen, baseline, configs, found.infeasible, data)
+    return _finish(session, chosen, baseline, configs, found.infeasible, data), found.study
+
+
+def _is_as_fixed(session: Session, config: RunConfig) -> bool:
+    """Whether a configuration keeps what the user fixed, so that it may be the plan itself."""
+    return all(getattr(config, knob) == value for knob, value in session.spec.fixed.items())
 
 
 def _baseline(session: Session) -> Candidate | None:
@@ -140,9 +158,9 @@ def _baseline(session: Session) -> Candidate | None:
     precision = session.space.axes["precision"][0]
     config = baseline_config(session.spec, precision)
     if session.probe is not None:
+        check_budget(session, config)
         run(session, short_form(config), "baseline")
-        config = short_form(config)
-    return session.predictor.candidate(config)
+    return with_results(session, [session.predictor.candidate(config)])[0]
 
 
 def _nothing_fits(

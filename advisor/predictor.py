@@ -9,13 +9,15 @@ from pathlib import Path
 
 from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.advisor.traces import TraceStore
+from lora_advisor.models.energy import EnergyModel
 from lora_advisor.models.memory import Context, MemoryModel, Observed, context_of
-from lora_advisor.models.throughput import Observation, ThroughputModel
+from lora_advisor.models.throughput import Observation, StepTime, ThroughputModel
 from lora_advisor.models.traced import TracedMemory
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.events import Work
+from lora_advisor.probes.figures import count_layers
 from lora_advisor.probes.machine import GIB, Machine
 from lora_advisor.probes.plan import Candidate
 from lora_advisor.probes.prediction import Prediction
@@ -37,6 +39,7 @@ class Predictor:
         limit_bytes: What the process may hold on it.
         memory: Memory model.
         throughput: Throughput model; None while nothing is known of the device.
+        energy: Energy model; None while nothing is known of the device's power.
         results: The probes behind the models.
     """
 
@@ -46,6 +49,7 @@ class Predictor:
     limit_bytes: int
     memory: MemoryModel
     throughput: ThroughputModel | None
+    energy: EnergyModel | None
     results: tuple[ProbeResult, ...] = ()
 
     @classmethod
@@ -56,7 +60,6 @@ class Predictor:
         card: Card | None,
         *,
         limit_bytes: int,
-        precision: str,
         context_bytes: int | None = None,
         cache: Path | None = None,
     ) -> Predictor:
@@ -67,16 +70,16 @@ class Predictor:
             machine: The device.
             card: Its row in the card table; None if it has none.
             limit_bytes: What the process may hold on it.
-            precision: What the matrix products run in.
             context_bytes: What a process holds on it before its first tensor, where measured.
             cache: File that keeps what traces came to; None to keep nothing.
         """
         capability = machine.capability
         context = _CPU_CONTEXT if machine.kind == "cpu" else context_of(capability, context_bytes)
-        throughput = None if card is None else ThroughputModel.roofline(card, precision)
+        throughput = None if card is None else ThroughputModel.roofline(card)
+        energy = None if card is None else EnergyModel.of_board(card.tdp_w)
         memory = MemoryModel(capability, context)
         store = TraceStore(architecture, capability, TraceCache(cache))
-        return cls(store, machine, card, limit_bytes, memory, throughput)
+        return cls(store, machine, card, limit_bytes, memory, throughput, energy)
 
     def learn(self, results: Sequence[ProbeResult]) -> Predictor:
         """Return models taught by all probes so far, these included."""
@@ -84,14 +87,42 @@ class Predictor:
         ran = [r for r in every if r.outcome == "ok" and r.config.is_buildable]
         changes: dict[str, object] = {"results": every}
         if ran:
-            changes["throughput"] = ThroughputModel.fit(self.card, [self._observed(r) for r in ran])
-            changes["memory"] = self._learnt_memory(ran)
+            throughput = ThroughputModel.fit(self.card, [self._observed(r) for r in ran])
+            changes["throughput"] = throughput
+            changes["energy"] = self._learnt_energy(throughput, ran)
+            changes["memory"] = self._learnt_memory([r for r in ran if self.is_whole(r)])
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def is_whole(self, result: ProbeResult) -> bool:
+        """Whether a probe ran all layers of the model."""
+        return result.architecture == self.store.architecture.fingerprint
 
     def _observed(self, result: ProbeResult) -> Observation:
         assert result.step_s is not None
-        work = self.work(result.config)
+        work = self._work_of(result)
         return Observation(config=result.config, work=work, step_s=result.step_s)
+
+    def _work_of(self, result: ProbeResult) -> Work:
+        """Return what a probe did, some of whose layers may have been left out."""
+        layers = 1.0
+        if not self.is_whole(result):
+            ran, of = count_layers(result.hf_config), self.store.architecture.num_layers
+            layers = 1.0 if ran is None or not of else ran / of
+        return self.store.work(result.config).step(result.config.accumulation, layers)
+
+    def _learnt_energy(
+        self, throughput: ThroughputModel, ran: Sequence[ProbeResult]
+    ) -> EnergyModel | None:
+        observed = [
+            (
+                throughput.time(r.config, self._work_of(r)),
+                r.step_s,
+                r.joules / len(r.step_times_s),
+            )
+            for r in ran
+            if r.joules and r.step_s and r.energy_source in ("counter", "sampled", None)
+        ]
+        return EnergyModel.fit(observed) if observed else self.energy
 
     def _learnt_memory(self, ran: Sequence[ProbeResult]) -> MemoryModel:
         model = MemoryModel(self.memory.capability, self.memory.context)
@@ -125,38 +156,61 @@ class Predictor:
         context = context_of(None, max(measured)) if measured else model.context
         return MemoryModel.fit(model.capability, context, observed)
 
+    @property
+    def cap_bytes(self) -> int:
+        """What is left for the allocator."""
+        return self.limit_bytes - self.memory.context.value_bytes
+
     def _traced(self, config: RunConfig) -> TracedMemory:
-        return self.store.memory(config, self.limit_bytes - self.memory.context.value_bytes)
+        return self.store.memory(config, self.cap_bytes)
 
     def prepare(self, configs: Iterable[RunConfig]) -> None:
         """Trace what these configurations need, several at a time."""
-        self.store.prepare(configs, self.limit_bytes - self.memory.context.value_bytes)
+        self.store.prepare(configs, self.cap_bytes)
 
     def work(self, config: RunConfig) -> Work:
         """Return the work of one optimizer step."""
-        once, each = self.store.work(config)
-        return once + each.times(config.accumulation)
+        return self.store.work(config).step(config.accumulation)
+
+    def time(self, config: RunConfig) -> StepTime | None:
+        """Return the time of one optimizer step; None where it is not known.
+
+        The time that offloaded checkpoints take to go to the host and back is not modelled.
+        """
+        if self.throughput is None or config.checkpointing == "offload":
+            return None
+        return self.throughput.time(config, self.work(config))
 
     def predict(self, config: RunConfig) -> Prediction:
         """Return what one configuration needs and reaches."""
         memory = self.memory.predict(self._traced(config), config)
         verdict = self.memory.verdict(config, memory, self.limit_bytes)
-        step = speed = None
-        # The time that offloaded checkpoints take to go to the host and back is not modelled.
-        if self.throughput is not None and config.checkpointing != "offload":
-            work = self.work(config)
-            step = self.throughput.step(config, work)
-            speed = self.throughput.tokens_per_s(config, work)
+        step = speed = energy = None
+        time = self.time(config)
+        if time is not None:
+            tokens = config.tokens_per_step
+            step = time.interval
+            speed = step.reciprocal(tokens)
+            if self.energy is not None:
+                energy = self.energy.joules(time).scaled(1 / tokens)
         evidence = (
             "probed" if self.results and self.throughput and self.throughput.probes else "traced"
         )
         return Prediction(
-            memory=memory, verdict=verdict, step_s=step, tokens_per_s=speed, evidence=evidence
+            memory=memory,
+            verdict=verdict,
+            step_s=step,
+            tokens_per_s=speed,
+            evidence=evidence,
+            joules_per_token=energy,
+            energy_source=None if energy is None or self.energy is None else self.energy.source,
         )
 
     def result_of(self, config: RunConfig) -> ProbeResult | None:
         """Return the probe of exactly this configuration; the last one if there are several."""
-        return next((r for r in reversed(self.results) if r.config == config), None)
+        return next(
+            (r for r in reversed(self.results) if r.config == config and self.is_whole(r)), None
+        )
 
     def candidate(self, config: RunConfig, reason: str | None = None) -> Candidate:
         """Return a configuration with all that is known of it."""

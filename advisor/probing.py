@@ -1,150 +1,52 @@
 """Probe what promises most, learn from it, and prove the winner.
 
-The loop ends when no configuration is expected to beat the best one measured, or the budget is
-spent. Every result is on disk before the next probe begins.
+The loop ends when no configuration can be expected to beat the best one measured by more than 2 %,
+or the budget is spent. Every result is on disk before the next probe begins.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from lora_advisor.advisor.predictor import Predictor
-from lora_advisor.advisor.search import rank
-from lora_advisor.advisor.space import Space
-from lora_advisor.advisor.spill import without_spills
-from lora_advisor.probes.architectures import Architecture
-from lora_advisor.probes.cards import Card
+from lora_advisor.advisor.arms import arm_of, short_form
+from lora_advisor.advisor.promise import Promise, chance_of, most_promising
+from lora_advisor.advisor.search import score
+from lora_advisor.advisor.session import (
+    MEASURED_STEPS,
+    PROOF_STEPS,
+    WARMUP_STEPS,
+    Session,
+    run,
+)
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.machine import GIB, Machine, Stack
+from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.plan import Candidate
-from lora_advisor.probes.record import ProbeResult, read_records, same_place
-from lora_advisor.probes.runner import run_probe
-from lora_advisor.probes.spec import Spec
+from lora_advisor.probes.record import ProbeResult
 
-#: A candidate must promise this much more than the best measured one to be worth a probe.
-WORTH = 1.02
-#: How far, in log time, a candidate may be better than predicted: of an arm that was probed, and of
-#: one that was not (then the model's own spread counts, at most this).
-_KNOWN_ARM = 0.03
-_NEW_ARM = 0.35
-
-Probe = Callable[[RunConfig], ProbeResult]
-Say = Callable[[str], None]
+#: The winner is measured anew, at length; should it turn out slower than thought, the next one is.
+_PROOFS = 3
 
 
-@dataclass
-class Session:
-    """One planning run."""
+def check_budget(session: Session, config: RunConfig) -> None:
+    """Refuse a budget that is too short for a single probe.
 
-    spec: Spec
-    architecture: Architecture
-    machine: Machine
-    stack: Stack
-    card: Card | None
-    space: Space
-    predictor: Predictor
-    probe: Probe | None
-    say: Say
-    cap_bytes: int | None
-    started: float = field(default_factory=time.monotonic)
-    probing_s: float = 0.0
-    probes: int = 0
-    reused: int = 0
-    trials: int = 0
-
-
-def prober(session: Session, record: Path) -> Probe:
-    """Return what runs a configuration in a child process here."""
-    on_cpu = session.spec.device == "cpu"
-
-    def probe(config: RunConfig) -> ProbeResult:
-        return run_probe(
-            config,
-            session.architecture,
-            session.machine,
-            session.stack,
-            cap_bytes=session.cap_bytes,
-            record=record,
-            device=session.spec.device,
-            warmup_steps=2 if on_cpu else 3,
-            measured_steps=3 if on_cpu else 6,
-            max_seconds=15.0,
-            timeout_s=600.0,
+    Raises:
+        UsageError: With what it would need.
+    """
+    needed = _expected_s(session, short_form(config))
+    if session.spec.probe_budget_s < needed and not session.reused:
+        raise UsageError(
+            f"`--budget` must allow at least one probe, which is expected to take {needed:.0f} s "
+            f"here, but got {session.spec.probe_budget_s:g} s; give --budget {3 * needed:.0f}s or "
+            "more, or --device none to predict."
         )
 
-    return probe
 
-
-def reuse(session: Session, record: Path) -> None:
-    """Take up what was measured before on this machine, stack and architecture."""
-    useful: list[ProbeResult] = []
-    for result in read_records(record):
-        if not same_place(result, session.machine, session.stack):
-            continue
-        if result.architecture != session.architecture.fingerprint:
-            continue
-        result = _as_fit(session, result)
-        if result.outcome == "ok" or _still_too_large(result, session.cap_bytes):
-            useful.append(result)
-    if useful:
-        session.say(f"{len(useful)} earlier probes of this machine and stack taken up")
-        session.reused = len(useful)
-        session.predictor = session.predictor.learn(useful)
-
-
-def _as_fit(session: Session, result: ProbeResult) -> ProbeResult:
-    """Count a run that the driver let spill to the host as one that did not fit."""
-    if result.machine.kind != "cuda" or result.outcome != "ok" or not result.config.is_buildable:
-        return result
-    return without_spills(result, session.predictor.predict(result.config).step_s)
-
-
-def _still_too_large(result: ProbeResult, cap_bytes: int | None) -> bool:
-    """Whether a run that failed for lack of memory would fail again under this cap."""
-    if result.outcome != "out_of_memory" or result.cap_bytes is None or cap_bytes is None:
-        return False
-    return cap_bytes <= result.cap_bytes
-
-
-def short_form(config: RunConfig) -> RunConfig:
-    """Return the configuration with at most two micro-batches a step.
-
-    Its memory is that of any larger number: what is alive beside a micro-batch are the gradients,
-    from the second on.
-    """
-    return config.replace(accumulation=min(2, config.accumulation))
-
-
-def arm_of(config: RunConfig) -> tuple[Any, ...]:
-    """Return what decides how fast a configuration is beside its size."""
-    return (config.method, config.kernels, config.compile, config.checkpointing, config.precision)
-
-
-def run(session: Session, config: RunConfig, why: str) -> ProbeResult:
-    """Probe a configuration unless it was, and learn from it."""
-    known = session.predictor.result_of(config)
-    if known is not None:
-        return known
-    assert session.probe is not None
-    started = time.monotonic()
-    result = _as_fit(session, session.probe(config))
-    session.probing_s += time.monotonic() - started
-    session.probes += 1
-    session.predictor = session.predictor.learn([result])
-    session.say(f"probe {session.probes} ({why}): {describe(config)}: {_ending(result)}")
-    return result
-
-
-def _ending(result: ProbeResult) -> str:
-    if result.outcome != "ok" or result.tokens_per_s is None:
-        return result.outcome.replace("_", " ") + (f" ({result.detail})" if result.detail else "")
-    memory = result.reserved_bytes or result.process_bytes or 0
-    return f"{result.tokens_per_s:,.0f} tokens/s, {memory / GIB:.2f} GiB"
+def _expected_s(session: Session, config: RunConfig, steps: int = MEASURED_STEPS) -> float:
+    step = session.predictor.predict(config).step_s
+    seconds = None if step is None else step.value
+    return session.costs.expected_s(config, seconds, WARMUP_STEPS + steps)
 
 
 def probe_loop(session: Session, configs: list[RunConfig]) -> None:
@@ -153,18 +55,41 @@ def probe_loop(session: Session, configs: list[RunConfig]) -> None:
     A smaller micro-batch of what ran out of memory joins `configs`: the search left it out, because
     the larger one was expected to fit.
     """
-    while session.probing_s < session.spec.probe_budget_s:
+    while True:
         best = _best_measured(session, configs)
-        config = _most_promising(session, configs)
-        if config is None:
+        left = session.spec.probe_budget_s - session.probing_s
+        promises = [
+            (config, _promise(session, config), _expected_s(session, short_form(config)))
+            for config in _open(session, configs)
+        ]
+        # What is best in the end is still to be proved.
+        affordable = [
+            (config, promise, cost)
+            for config, promise, cost in promises
+            if cost + _expected_s(session, config, PROOF_STEPS) <= left
+        ]
+        chosen = _next(session, affordable, best)
+        if chosen is None:
+            more = _next(session, promises, best) is not None
+            session.say(
+                f"what may gain more takes longer than is left of {session.spec.probe_budget_s:g} s"
+                if more
+                else "no configuration left can be expected to gain 2 %"
+            )
             return
-        if best is not None and _promise(session, config) <= WORTH * best:
-            session.say("no configuration left promises 2 % more")
-            return
-        result = run(session, short_form(config), "most promising")
+        result = run(session, short_form(chosen), "most promising")
         if result.outcome == "out_of_memory":
-            configs += _next_smaller(session, config, configs)
-    session.say(f"the probe budget of {session.spec.probe_budget_s:g} s is spent")
+            configs += _next_smaller(session, chosen, configs)
+
+
+def _next(
+    session: Session, promises: Sequence[tuple[RunConfig, Promise, float]], best: float | None
+) -> RunConfig | None:
+    if not promises:
+        return None
+    if best is None:
+        return max(promises, key=lambda p: p[1].tokens_per_s * p[1].chance)[0]
+    return most_promising(promises, best)
 
 
 def _next_smaller(
@@ -173,32 +98,45 @@ def _next_smaller(
     sizes = [n for n in session.space.axes["micro_batch"] if n < config.micro_batch]
     if not sizes:
         return []
-    size = max(sizes)
-    smaller = config.replace(micro_batch=size, accumulation=session.space.effective_batch // size)
+    accumulation = session.space.effective_batch // max(sizes)
+    smaller = config.replace(micro_batch=max(sizes), accumulation=accumulation)
     return [] if smaller in configs else [smaller]
 
 
+def expected_speed(session: Session, config: RunConfig) -> float | None:
+    """Return the tokens/s of a configuration, by its probe where there is one.
+
+    A probe of fewer micro-batches a step says by how much the models are off; None where it did not
+    run.
+    """
+    short = short_form(config)
+    result = session.predictor.result_of(config) or session.predictor.result_of(short)
+    if result is None or result.outcome != "ok" or result.tokens_per_s is None:
+        return None
+    predict = session.predictor.predict
+    whole, part = predict(config).tokens_per_s, predict(result.config).tokens_per_s
+    if whole is None or part is None:
+        return result.tokens_per_s
+    return result.tokens_per_s * whole.value / part.value
+
+
 def _best_measured(session: Session, configs: Sequence[RunConfig]) -> float | None:
-    speeds = [
-        result.tokens_per_s
-        for config in configs
-        if (result := session.predictor.result_of(short_form(config))) is not None
-        and result.outcome == "ok"
-        and result.tokens_per_s is not None
-    ]
-    return max(speeds, default=None)
+    speeds = [expected_speed(session, config) for config in configs]
+    return max((speed for speed in speeds if speed is not None), default=None)
 
 
-def _most_promising(session: Session, configs: Sequence[RunConfig]) -> RunConfig | None:
+def _open(session: Session, configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """Return what has not run and may."""
     failed = [r for r in session.predictor.results if r.outcome != "ok"]
-    open_ = [
+    tried = {r.config for r in session.predictor.results}
+    return [
         config
         for config in configs
-        if session.predictor.result_of(short_form(config)) is None
+        if short_form(config) not in tried
         and not any(_as_large(config, result) for result in failed)
+        and not any(_needs_as_much(session, config, result) for result in failed)
         and session.predictor.predict(config).verdict != "does not fit"
     ]
-    return max(open_, key=lambda config: _promise(session, config), default=None)
 
 
 def _as_large(config: RunConfig, result: ProbeResult) -> bool:
@@ -214,34 +152,69 @@ def _as_large(config: RunConfig, result: ProbeResult) -> bool:
     return result.outcome in ("failed", "timed_out")
 
 
-def _promise(session: Session, config: RunConfig) -> float:
-    """Return the tokens/s that a configuration may reach if things go well for it."""
-    prediction = session.predictor.predict(config)
-    if prediction.tokens_per_s is None:
-        return float(config.tokens)
-    probed = {arm_of(r.config) for r in session.predictor.results if r.outcome == "ok"}
-    room = _KNOWN_ARM if arm_of(config) in probed else _NEW_ARM
-    # A bound that straddles the limit may cost a probe for nothing.
-    risk = 0.9 if prediction.verdict == "uncertain" else 1.0
-    return prediction.tokens_per_s.value * math.exp(room) * risk
+def _needs_as_much(session: Session, config: RunConfig, result: ProbeResult) -> bool:
+    """Whether the models give a configuration as much memory as one that ran out of it.
+
+    Configurations err together where the same code runs: compiled or not, 4-bit weights or not.
+    """
+    other = result.config
+    if result.outcome != "out_of_memory" or not session.predictor.is_whole(result):
+        return False
+    alike = ("method", "compile", "allocator")
+    if any(getattr(config, knob) != getattr(other, knob) for knob in alike):
+        return False
+    predict = session.predictor.predict
+    return predict(config).memory.needed_bytes >= 0.998 * predict(other).memory.needed_bytes
+
+
+def _promise(session: Session, config: RunConfig) -> Promise:
+    """Return what a configuration may reach."""
+    prediction, time_ = session.predictor.predict(config), session.predictor.time(config)
+    chance = chance_of(config, prediction, session.predictor.cap_bytes)
+    if time_ is None or prediction.tokens_per_s is None:
+        return Promise(tokens_per_s=float(config.tokens), deviation=math.log(2), chance=chance)
+    return Promise(
+        tokens_per_s=prediction.tokens_per_s.value, deviation=time_.deviation, chance=chance
+    )
 
 
 def prove(session: Session, configs: Sequence[RunConfig]) -> Candidate | None:
-    """Run the best configurations, best first, exactly as planned, until one ends well.
+    """Run the best configuration exactly as planned; return the best one that ran so.
 
     Once something has run well, only what was measured is proved: the loop before ended because
-    nothing else promised enough, or because there was no time to find out.
+    nothing else promised enough, or because there was no time to find out. What turns out slower
+    than the next is followed by the next, what does not run in any case.
     """
-    measured = _best_measured(session, configs) is not None
-    candidates = [session.predictor.candidate(config) for config in configs]
-    for candidate in rank(with_results(session, candidates), session.spec.objective):
-        if candidate.measured is None and measured:
-            continue
-        if candidate.measured is not None and candidate.measured.outcome != "ok":
-            continue
-        if run(session, candidate.config, "proof").outcome == "ok":
-            return session.predictor.candidate(candidate.config)
-    return None
+    proved: list[RunConfig] = []
+    while True:
+        ranked = [candidate.config for candidate in _ranked(session, configs)]
+        if not ranked:
+            return None
+        best = ranked[0]
+        done = [config for config in ranked if config in proved]
+        if len(done) >= _PROOFS:
+            best = done[0]
+        if best in done:
+            return session.predictor.candidate(best)
+        run(session, best, "proof", steps=PROOF_STEPS)
+        proved.append(best)
+
+
+def _ranked(session: Session, configs: Sequence[RunConfig]) -> list[Candidate]:
+    """Return what may be proved, best first."""
+    candidates = with_results(session, [session.predictor.candidate(c) for c in configs])
+    candidates = [c for c in candidates if c.measured is None or c.measured.outcome == "ok"]
+    if any(c.measured is not None for c in candidates):
+        candidates = [c for c in candidates if c.measured is not None]
+    return sorted(candidates, key=lambda c: _worth(session, c), reverse=True)
+
+
+def _worth(session: Session, candidate: Candidate) -> float:
+    if session.spec.objective == "tokens_per_s":
+        speed = expected_speed(session, candidate.config)
+        if speed is not None:
+            return speed
+    return score(candidate, session.spec.objective)
 
 
 def with_results(session: Session, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -254,28 +227,3 @@ def with_results(session: Session, candidates: Sequence[Candidate]) -> list[Cand
         )
         for c in candidates
     ]
-
-
-def describe(config: RunConfig) -> str:
-    """Return a configuration in a few words."""
-    parts = [
-        config.method,
-        config.precision,
-        f"{config.micro_batch} x {config.seq_len} x {config.accumulation}",
-        {"off": "no checkpointing", "full": "checkpointing"}.get(
-            config.checkpointing, f"checkpointing {config.checkpointing}"
-        ),
-    ]
-    if config.kernels != "none":
-        parts.append(config.kernels)
-    if config.compile != "off":
-        parts.append(f"compiled {config.compile}")
-    if config.optimizer != "adamw_torch_fused":
-        parts.append(config.optimizer)
-    if config.allocator != "default":
-        parts.append("expandable segments")
-    if config.trainer != "trl":
-        parts.append(config.trainer)
-    if config.fp32_upcast:
-        parts.append("fp32 upcast")
-    return ", ".join(parts)

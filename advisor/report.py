@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from lora_advisor.advisor.finding import Finding
 from lora_advisor.advisor.outcome import Progress, TrainingResult
+from lora_advisor.probes.batching import batching_of
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.machine import GIB
@@ -52,6 +53,8 @@ def interval_text(speed: Interval | None) -> str:
 
 def plan_text(plan: Plan) -> str:
     """Write a plan: the answer first, then why, then what it rests on."""
+    from lora_advisor.advisor.report_data import data_text
+
     chosen = plan.chosen
     lines = [_headline(plan), ""]
     lines.append(tabulate(_config_rows(chosen.config), tablefmt="plain"))
@@ -63,6 +66,9 @@ def plan_text(plan: Plan) -> str:
             f"{duration(plan.epoch_s)}, {epochs:g} epochs {duration(plan.epoch_s * epochs)}"
             + (f"; {plan.data.truncated:,} rows are cut" if plan.data.truncated else "")
         )
+    told = data_text(plan)
+    if told is not None:
+        lines += ["", told]
     lines += ["", _against_baseline(plan), ""]
     lines.append(_candidates("runners-up", plan.runners_up))
     if plan.rejected:
@@ -95,6 +101,7 @@ def _config_rows(config: RunConfig) -> list[tuple[str, str]]:
             "kernels",
             config.kernels + (f", compiled {config.compile}" if config.compile != "off" else ""),
         ),
+        *([] if batching_of(config) == "random" else [("rows", batching_of(config))]),
         ("trainer", f"{config.trainer}, {config.loss} loss"),
         ("allocator", config.allocator),
     ]
@@ -157,7 +164,7 @@ def _against_baseline(plan: Plan) -> str:
 
 
 def _candidates(title: str, candidates: Sequence[Candidate]) -> str:
-    from lora_advisor.advisor.probing import describe
+    from lora_advisor.advisor.arms import describe
 
     rows = [
         [

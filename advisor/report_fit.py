@@ -20,7 +20,7 @@ _NAMES = {"activations": "stored activations"}
 
 def fit_text(answer: FitAnswer, *, machine: Machine) -> str:
     """Write the answer to "will it fit?": the verdict, why, and what else would."""
-    from lora_advisor.advisor.probing import describe
+    from lora_advisor.advisor.arms import describe
 
     verdict = answer.prediction.verdict
     lines = [

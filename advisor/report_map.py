@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from lora_advisor.advisor.arms import describe
 from lora_advisor.advisor.fitmap import FitMap
-from lora_advisor.advisor.probing import describe
 from lora_advisor.advisor.report import gib
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.machine import Machine

@@ -6,14 +6,18 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.space import Space
+from lora_advisor.advisor.traces import REGULAR_TOKENS
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.plan import Candidate
+
+if TYPE_CHECKING:
+    import optuna
 
 #: Of two configurations whose predicted speed differs by less, the plainer one is taken.
 _TIE = 0.002
@@ -24,6 +28,15 @@ _PLAIN = {
     "compile": "off",
 }
 
+#: Knobs that move memory and speed less than the others, and how many of their values are looked at
+#: in every arm; the rest only around the best arms.
+_EVERYWHERE = {
+    "optimizer": 1, "precision": 1, "attention": 1, "allocator": 1, "trainer": 1, "checkpointing": 3
+}  # fmt: skip
+_ARMS_VARIED = 2
+#: From this many cores on, what the bisection may ask for is traced before it asks.
+_MANY_CORES = 8
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -32,21 +45,53 @@ class SearchResult:
     Attributes:
         feasible: Candidates that fit or may fit, best first.
         infeasible: Candidates that do not fit, least memory first.
-        trials: Number of trials.
+        study: Optuna's study, a trial for each choice that was looked at.
     """
 
     feasible: tuple[Candidate, ...]
     infeasible: tuple[Candidate, ...]
-    trials: int
+    study: optuna.Study
+
+    @property
+    def trials(self) -> int:
+        """Number of trials."""
+        return len(self.study.trials)
 
 
-#: Knobs that move memory a little and speed hardly at all with an adapter; they are varied only
-#: around the best arms.
-_SECONDARY = ("optimizer", "allocator")
-_ARMS_VARIED = 2
-#: From this many cores on, this many sizes of the bisection are traced ahead.
-_MANY_CORES = 8
-_AHEAD = 4
+@dataclass
+class _Seen:
+    """Candidates so far, and which sizes of an otherwise equal configuration they settle.
+
+    What is smaller than one that fits is not better; what is larger than one that does not fit does
+    not fit either. The size is the micro-batch, or the sequence length where that is sought.
+    """
+
+    size: str
+    candidates: dict[RunConfig, Candidate] = field(default_factory=dict)
+    fits: dict[RunConfig, int] = field(default_factory=dict)
+    fails: dict[RunConfig, int] = field(default_factory=dict)
+
+    def add(self, candidate: Candidate) -> None:
+        config, verdict = candidate.config, candidate.prediction.verdict
+        self.candidates[config] = candidate
+        arm, size = self._arm(config), getattr(config, self.size)
+        if verdict == "fits":
+            self.fits[arm] = max(size, self.fits.get(arm, 0))
+        elif verdict == "does not fit":
+            self.fails[arm] = min(size, self.fails.get(arm, size))
+
+    def settles(self, config: RunConfig) -> bool:
+        arm, size = self._arm(config), getattr(config, self.size)
+        fails = self.fails.get(arm)
+        return size < self.fits.get(arm, 0) or (fails is not None and size > fails)
+
+    def _arm(self, config: RunConfig) -> RunConfig:
+        if self.size == "seq_len":
+            return config.replace(seq_len=2)
+        return config.replace(micro_batch=1, accumulation=1)
+
+    def that(self, *verdicts: str) -> list[Candidate]:
+        return [c for c in self.candidates.values() if c.prediction.verdict in verdicts]
 
 
 def search(
@@ -61,96 +106,132 @@ def search(
     """Look for the best configurations under the memory bound.
 
     The study is Optuna's, with the bound as a constraint. It starts with every arm in its plain
-    form, its micro-batches in the order of a bisection (what is smaller than one that fits is not
-    faster, what is larger than one that does not fit does not fit either; both are pruned), goes on
-    with the secondary knobs of the best arms, and ends with trials of TPE's own choice.
+    form, its micro-batches in the order of a bisection, goes on with the other knobs of the best
+    arms, and ends with trials of TPE's own choice.
+
+    Args:
+        space: Where to look.
+        predictor: The models.
+        objective: One of `spec.OBJECTIVES`.
+        seed: Of Optuna's sampler.
+        free_trials: Trials of TPE's own choice.
+        progress: Called with the number of trials so far.
     """
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    seen: dict[RunConfig, Candidate] = {}
+    size = _size_knob(space)
+    seen = _Seen(size)
 
     def run(trial: optuna.Trial) -> float:
         choice = {k: trial.suggest_categorical(k, list(v)) for k, v in space.axes.items()}
         progress(trial.number + 1)
-        if space.is_pointless(choice):
+        config = _legal(space, choice)
+        if config is None or seen.settles(config):
             raise optuna.TrialPruned
-        try:
-            config = space.config(choice)
-        except UsageError:
-            raise optuna.TrialPruned from None
-        if _settled(config, seen):
-            raise optuna.TrialPruned
-        candidate = seen.setdefault(config, predictor.candidate(config))
+        candidate = seen.candidates.get(config)
+        if candidate is None:
+            candidate = predictor.candidate(config)
+            seen.add(candidate)
         trial.set_constraint("memory", _excess(candidate, predictor.limit_bytes))
+        _note(trial, candidate)
         return score(candidate, objective)
 
-    sampler = optuna.samplers.TPESampler(seed=seed)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
 
     def look_at(choices: Sequence[dict[str, Any]]) -> None:
-        """Run trials on these choices, those of one micro-batch after the other."""
-        for micro_batch in dict.fromkeys(choice["micro_batch"] for choice in choices):
-            level = [choice for choice in choices if choice["micro_batch"] == micro_batch]
-            configs = [c for c in _legal(space, level) if not _settled(c, seen)]
-            predictor.prepare(configs)
+        """Run trials on these choices, those of one size after the other."""
+        for step in dict.fromkeys(choice[size] for choice in choices):
+            level = [choice for choice in choices if choice[size] == step]
+            predictor.prepare(c for c in _legal_ones(space, level) if not seen.settles(c))
             for choice in level:
                 study.enqueue_trial(choice)
             study.optimize(run, n_trials=len(level))
 
     plain = _plain_choices(space)
-    if (os.cpu_count() or 1) >= _MANY_CORES:
-        # Cores are idle, so what the bisection may ask for is traced before it asks.
-        sizes = list(dict.fromkeys(choice["micro_batch"] for choice in plain))[:_AHEAD]
-        ahead = [choice for choice in plain if choice["micro_batch"] in sizes]
-        predictor.prepare(_legal(space, ahead))
+    if (os.cpu_count() or 1) >= _MANY_CORES:  # where cores are idle, before the bisection asks
+        predictor.prepare(_telling(space, plain))
     look_at(plain)
-    look_at(_varied_choices(space, rank(_fitting(seen), objective)))
+    varied = _varied_choices(space, rank(seen.that("fits"), objective))
+    predictor.prepare(_legal_ones(space, varied))
+    look_at(varied)
     study.optimize(run, n_trials=free_trials)
     predictor.store.release_workers()
     return SearchResult(
-        tuple(
-            rank([c for c in seen.values() if c.prediction.verdict != "does not fit"], objective)
-        ),
-        tuple(c for c in seen.values() if c.prediction.verdict == "does not fit"),
-        len(study.trials),
+        tuple(rank(seen.that("fits", "uncertain"), objective)),
+        tuple(seen.that("does not fit")),
+        study,
     )
 
 
-def _legal(space: Space, choices: Sequence[dict[str, Any]]) -> list[RunConfig]:
-    """Return the configurations of those choices that are legal."""
-    configs = []
-    for choice in choices:
-        with contextlib.suppress(UsageError):
-            configs.append(space.config(choice))
-    return configs
+def _note(trial: optuna.Trial, candidate: Candidate) -> None:
+    """Keep with a trial what a person would look for beside its value."""
+    prediction = candidate.prediction
+    trial.set_user_attr("verdict", prediction.verdict)
+    trial.set_user_attr("process_gib", round(prediction.memory.process_bytes / 2**30, 3))
+    for name in ("tokens_per_s", "joules_per_token"):
+        interval = getattr(prediction, name)
+        if interval is not None:
+            trial.set_user_attr(name, interval.value)
+    trial.set_user_attr("config", candidate.config.to_json())
+
+
+def _telling(space: Space, choices: Sequence[dict[str, Any]]) -> list[RunConfig]:
+    """Return the configurations from whose traces those of all sizes follow.
+
+    They are all small ones, in which the step does things of its own, and two of the others.
+    """
+    configs = _legal_ones(space, choices)
+    sizes = sorted({(c.micro_batch, c.seq_len) for c in configs}, key=lambda s: (s[0] * s[1], s))
+    regular = [size for size in sizes if size[0] * size[1] >= REGULAR_TOKENS]
+    asked = {*(size for size in sizes if size not in regular), *regular[:2]}
+    return [c for c in configs if (c.micro_batch, c.seq_len) in asked]
+
+
+def _size_knob(space: Space) -> str:
+    """Return what is made as large as fits: the sequence length where it is searched."""
+    return "seq_len" if "seq_len" in space.axes else "micro_batch"
+
+
+def _legal_ones(space: Space, choices: Sequence[dict[str, Any]]) -> list[RunConfig]:
+    configs = (_legal(space, choice) for choice in choices)
+    return [config for config in configs if config is not None]
+
+
+def _legal(space: Space, choice: dict[str, Any]) -> RunConfig | None:
+    """Return the configuration of a choice; None where it is none, or another's second name."""
+    if space.is_pointless(choice):
+        return None
+    with contextlib.suppress(UsageError):
+        return space.config(choice)
+    return None
 
 
 def _plain_choices(space: Space) -> list[dict[str, Any]]:
-    """Return every arm with the first value of each secondary knob."""
-    axes = {
-        knob: values[:1] if knob in _SECONDARY else values for knob, values in space.axes.items()
-    }
-    axes["micro_batch"] = tuple(_bisection(sorted(axes.pop("micro_batch"))))
+    """Return every arm with the first values of the knobs that move little."""
+    axes = {knob: values[: _EVERYWHERE.get(knob)] for knob, values in space.axes.items()}
+    size = _size_knob(space)
+    axes[size] = tuple(_bisection(sorted(axes.pop(size))))
     choices = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return [choice for choice in choices if not space.is_pointless(choice)]
+    return [choice for choice in choices if _legal(space, choice) is not None]
 
 
 def _varied_choices(space: Space, best: Sequence[Candidate]) -> list[dict[str, Any]]:
-    """Return the secondary knobs' values around the best arms, larger micro-batches included."""
+    """Return the best arms with one more knob changed, larger micro-batches included."""
     choices = []
+    size = _size_knob(space)
     arms: list[RunConfig] = []
     for candidate in best:
-        arm = candidate.config.replace(micro_batch=1, accumulation=1)
+        arm = candidate.config.replace(**{size: 2}, accumulation=1)
         if arm in arms or len(arms) == _ARMS_VARIED:
             continue
         arms.append(arm)
-        larger = [n for n in space.axes["micro_batch"] if n >= candidate.config.micro_batch]
-        for values in itertools.product(*(space.axes[knob] for knob in _SECONDARY)):
-            for micro_batch in _bisection(sorted(larger)):
-                known = {knob: getattr(candidate.config, knob) for knob in space.axes}
-                varied = dict(zip(_SECONDARY, values, strict=True))
-                choices.append({**known, **varied, "micro_batch": micro_batch})
+        known = {knob: getattr(candidate.config, knob) for knob in space.axes}
+        # As large as it is, or the next size: a knob that saves memory may make room for that.
+        larger = sorted(n for n in space.axes[size] if n >= known[size])[:2]
+        for knob, everywhere in _EVERYWHERE.items():
+            for value in space.axes[knob][everywhere:]:
+                choices += [{**known, knob: value, size: step} for step in reversed(larger)]
     return choices
 
 
@@ -166,23 +247,6 @@ def _bisection(values: Sequence[int]) -> list[int]:
     return order
 
 
-def _settled(config: RunConfig, seen: dict[RunConfig, Candidate]) -> bool:
-    """Whether another micro-batch of the same configuration settles this one."""
-    for other, candidate in seen.items():
-        verdict = candidate.prediction.verdict
-        if (verdict == "fits" and other.micro_batch > config.micro_batch) or (
-            verdict == "does not fit" and other.micro_batch < config.micro_batch
-        ):
-            size = {"micro_batch": config.micro_batch, "accumulation": config.accumulation}
-            if other.replace(**size) == config:
-                return True
-    return False
-
-
-def _fitting(seen: dict[RunConfig, Candidate]) -> list[Candidate]:
-    return [c for c in seen.values() if c.prediction.verdict == "fits"]
-
-
 def _excess(candidate: Candidate, limit_bytes: int) -> float:
     """How far the bound of the process is above the limit, as a share of it; negative within."""
     return candidate.prediction.memory.process_upper_bytes / limit_bytes - 1
@@ -195,13 +259,18 @@ def score(candidate: Candidate, objective: str) -> float:
     speed, which holds until the device is busy.
     """
     speed = candidate.tokens_per_s
+    if speed is None:
+        speed = float(candidate.config.tokens)
     plainness: int = sum(getattr(candidate.config, knob) == value for knob, value in _PLAIN.items())
     tie = 1 + _TIE * plainness / len(_PLAIN)
     if objective == "joules_per_token":
-        measured = None if candidate.measured is None else candidate.measured.joules_per_token
-        # What was not measured ranks below what was, the faster first.
-        return tie / measured if measured else -1 / (speed or candidate.config.tokens)
-    return (speed if speed is not None else candidate.config.tokens) * tie
+        energy = candidate.joules_per_token
+        # Of what nothing is known ranks below what was measured or predicted, the faster first.
+        return tie / energy if energy else -1 / speed
+    if objective == "seq_len":
+        # The longest first; of two as long the faster.
+        return candidate.config.seq_len + tie * speed / (1e9 + speed)
+    return speed * tie
 
 
 def rank(candidates: Sequence[Candidate], objective: str) -> list[Candidate]:

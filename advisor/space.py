@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from lora_advisor.probes.architectures import attention_of, resolve_architecture
 from lora_advisor.probes.cards import Card
-from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.config import LOSSES, LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.machine import Machine, Stack
 from lora_advisor.probes.spec import Spec
@@ -83,9 +84,9 @@ def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -
         "micro_batch": tuple(
             n for n in range(1, spec.effective_batch + 1) if spec.effective_batch % n == 0
         ),
-        "optimizer": ("adamw_torch_fused", "paged_adamw_8bit"),
-        "precision": (_precision(machine, card),),
-        "checkpointing": ("full", "every_2", "off"),
+        "optimizer": ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+        "precision": _precisions(machine, card),
+        "checkpointing": ("full", "every_2", "off", "every_4"),
         "attention": (_attention(spec),),
         "kernels": ("none", "liger"),
         "compile": ("off", "layers"),
@@ -93,6 +94,9 @@ def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -
         "packing": (False,),
         "fp32_upcast": (False,),
     }
+    if spec.objective == "seq_len":
+        axes["seq_len"] = _lengths(spec)
+        axes["micro_batch"] = (1,)
     _exclude(axes, excluded, machine, stack)
     for knob, value in spec.fixed.items():
         if knob == "micro_batch" and value < 1:
@@ -113,25 +117,84 @@ def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -
     }
     space = Space(axes, base, spec.effective_batch, tuple(excluded))
     if next(space.configs(), None) is None:
-        first = {knob: values[0] for knob, values in axes.items()}
-        try:
-            space.config(first)
-        except UsageError as error:
-            raise UsageError(f"the fixed knobs leave no legal configuration: {error}") from None
+        raise UsageError(_contradiction(space, spec))
     return space
+
+
+def _contradiction(space: Space, spec: Spec) -> str:
+    """Say why the fixed knobs leave nothing, and the smallest change that would leave something.
+
+    That is the fewest fixed knobs to give up, and of those the value nearest to what was asked.
+    """
+    first = {knob: values[0] for knob, values in space.axes.items()}
+    try:
+        space.config(first)
+        why = ""
+    except UsageError as error:
+        why = f": {error}"
+    fixed = [knob for knob in spec.fixed if knob in space.axes]
+    for count in range(1, len(fixed) + 1):
+        for given_up in itertools.combinations(fixed, count):
+            options = {knob: _VALUES[knob] for knob in given_up if knob in _VALUES}
+            if len(options) < count:
+                continue
+            changed = dataclasses.replace(space, axes={**space.axes, **options})
+            legal = next(changed.configs(), None)
+            if legal is not None:
+                change = " and ".join(_setting(knob, getattr(legal, knob)) for knob in given_up)
+                return f"the fixed knobs leave no legal configuration{why} {change} would do."
+    return f"the fixed knobs leave no legal configuration{why}"
+
+
+def _setting(knob: str, value: Any) -> str:
+    option = f"--{knob.replace('_', '-')}"
+    return f"`{option} {value}`" if isinstance(value, str) else f"Without `{option}` it"
+
+
+#: What a knob may be set to instead, the usual first.
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "trainer": ("trl", "transformers"),
+    "method": ("lora", "qlora"),
+    "precision": ("bf16", "fp16", "fp32"),
+    "checkpointing": ("full", "off"),
+    "attention": ("sdpa", "eager"),
+    "kernels": ("none", "liger"),
+    "compile": ("off", "layers"),
+    "loss": LOSSES,
+    "packing": (False,),
+    "fp32_upcast": (False,),
+    "group_by_length": (False,),
+    "quant_type": (None, "nf4"),
+    "double_quant": (None, True),
+    "optimizer": ("adamw_torch_fused",),
+    "allocator": ("default",),
+}
+
+
+def _lengths(spec: Spec) -> tuple[int, ...]:
+    """Return the sequence lengths that are looked at where the longest is sought.
+
+    From the asked one up in steps of a third to a half, as far as the model's positions go.
+    """
+    architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
+    most = int(architecture.hf_config.get("max_position_embeddings") or 32 * spec.seq_len)
+    lengths, step = [], spec.seq_len
+    while step <= most:
+        lengths += [step, *([step * 3 // 2] if step * 3 // 2 <= most else [])]
+        step *= 2
+    return tuple(lengths or [spec.seq_len])
 
 
 def _attention(spec: Spec) -> str:
     return attention_of(resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code))
 
 
-def _precision(machine: Machine, card: Card | None) -> str:
-    """bf16 where the device multiplies in it, else fp16; fp32 on a CPU, where both are slower."""
+def _precisions(machine: Machine, card: Card | None) -> tuple[str, ...]:
+    """bf16, then fp16, where the device multiplies in both; fp32 on a CPU, faster there."""
     if machine.kind == "cpu":
-        return "fp32"
-    if card is not None:
-        return "bf16" if card.bf16_tflops else "fp16"
-    return "bf16" if float(machine.capability or 8) >= 8 else "fp16"
+        return ("fp32",)
+    knows = card.bf16_tflops if card is not None else float(machine.capability or 8) >= 8
+    return ("bf16", "fp16") if knows else ("fp16",)
 
 
 def _exclude(

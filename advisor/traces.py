@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,18 +13,57 @@ from lora_advisor.models.traced import TracedMemory
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.events import Trace, Work
+from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import detect_stack
+from lora_advisor.probes.trace_batch import Batch, trace_quietly
 
 if TYPE_CHECKING:
     from lora_advisor.probes.interpolate import Size
 
-#: Processes that trace side by side; each holds 0.6 GiB.
-_WORKERS = 16
-#: Traces that must be spared for workers to be worth their start, which imports for 7 s.
-_WORTH_WORKERS = 5
+#: Traces that must be spared for a fork server to be worth its start, which imports for 7 s.
+_WORTH_A_SERVER = 5
 #: From here on a step does the same things whatever the micro-batch: TRL's loss takes tiles of 4096
 #: tokens (trl/kernels/chunked_logprob.py), bitsandbytes changes kernels below.
 REGULAR_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Work of an optimizer step in parts.
+
+    Attributes:
+        once: That of its end: the gradients' norm, the optimizer.
+        layers: That of the decoder layers in one micro-batch.
+        outside: All other of one micro-batch.
+    """
+
+    once: Work
+    layers: Work
+    outside: Work
+
+    @classmethod
+    def of(cls, trace: Trace) -> StepWork:
+        """Sum up a trace."""
+        parts = [Work(), Work(), Work()]
+        for (phase, layer), work in trace.work.items():
+            part = 0 if phase == "optimizer" else 1 if layer >= 0 else 2
+            parts[part] += work
+        return cls(*parts)
+
+    def step(self, accumulation: int, layers: float = 1.0) -> Work:
+        """Return the work of a step of some micro-batches.
+
+        Args:
+            accumulation: Micro-batches.
+            layers: Share of the decoder layers that run; the optimizer's work goes with it, for
+                what it trains is in them.
+        """
+        each = self.layers.times(layers) + self.outside
+        return self.once.times(layers) + each.times(accumulation)
+
+    def amounts(self) -> list[dict[str, float]]:
+        """Return the JSON form."""
+        return [dataclasses.asdict(part) for part in (self.once, self.layers, self.outside)]
 
 
 @dataclass
@@ -38,7 +76,8 @@ class TraceStore:
         cache: Where what traces came to is kept.
         traces: Those made or interpolated in this process.
         memories: What they came to, by configuration and cap of the allocator.
-        works: Work of one optimizer step's end, and of one micro-batch.
+        works: Work of a step, by configuration.
+        server: Forks what traces side by side; started when it is worth it.
     """
 
     architecture: Architecture
@@ -46,7 +85,8 @@ class TraceStore:
     cache: TraceCache = field(default_factory=lambda: TraceCache(None))
     traces: dict[RunConfig, Trace] = field(default_factory=dict)
     memories: dict[tuple[RunConfig, int], TracedMemory] = field(default_factory=dict)
-    works: dict[RunConfig, tuple[Work, Work]] = field(default_factory=dict)
+    works: dict[RunConfig, StepWork] = field(default_factory=dict)
+    server: ForkServer | None = None
 
     def memory(self, config: RunConfig, cap_bytes: int) -> TracedMemory:
         """Return what a configuration's trace comes to on the card's allocator."""
@@ -57,17 +97,14 @@ class TraceStore:
             self._replay(kept, cap_bytes)
         return self.memories[kept, cap_bytes]
 
-    def work(self, config: RunConfig) -> tuple[Work, Work]:
-        """Return the work of a step's end (gradient norm, optimizer) and that of a micro-batch.
-
-        It is that of the eager step: what compiling leaves of it, the throughput model knows.
-        """
-        eager = _traced_as(config).replace(compile="off")
-        if eager not in self.works:
-            self._look_up(_replayed_as(eager), None)
-        if eager not in self.works:
-            self.works[eager] = _summed(self.get(eager))
-        return self.works[eager]
+    def work(self, config: RunConfig) -> StepWork:
+        """Return the work of a step; of a model compiled as a whole, that of the eager one."""
+        traced = _traced_as(config)
+        if traced not in self.works:
+            self._look_up(traced, None)
+        if traced not in self.works:
+            self.works[traced] = StepWork.of(self.get(traced))
+        return self.works[traced]
 
     def get(self, config: RunConfig) -> Trace:
         """Return the trace of a configuration.
@@ -102,16 +139,22 @@ class TraceStore:
                 missing.append(config)
             else:
                 self.traces[config] = known
-        cores = os.cpu_count() or 1
-        workers = min(cores, _WORKERS, len(missing))
-        if workers < 2 or len(missing) * (1 - 1 / cores) < _WORTH_WORKERS:
-            return
-        from joblib import Parallel, delayed
+        self._trace_together(missing)
 
-        made = Parallel(n_jobs=workers)(
-            delayed(trace_quietly)(config, self.architecture, self.capability) for config in missing
-        )
-        self.traces.update(zip(missing, made, strict=True))
+    def _trace_together(self, missing: Sequence[RunConfig]) -> None:
+        """Trace in forks, where that is sooner; what cannot be traced is told when asked for."""
+        cores = os.cpu_count() or 1
+        if len(missing) < 2 or cores < 2:
+            return
+        if self.server is None:
+            if len(missing) * (1 - 1 / cores) < _WORTH_A_SERVER:
+                return
+            self.server = ForkServer(offline=self.architecture.weights is None)
+        batch = Batch(tuple(missing), self.architecture, self.capability)
+        for config, made in zip(missing, self.server.trace(batch) or (), strict=False):
+            if isinstance(made, Trace):
+                self._keep(config, made)
+                self.traces[config] = made
 
     def sampled(self, config: RunConfig, sizes: Sequence[Size]) -> dict[Size, Trace]:
         """Return the traces of a configuration at several sizes."""
@@ -119,9 +162,15 @@ class TraceStore:
         self.prepare(configs.values())
         return {size: self.get(changed) for size, changed in configs.items()}
 
+    def close(self) -> None:
+        """End the fork server, where one was started."""
+        if self.server is not None:
+            self.server.close()
+            self.server = None
+
     @staticmethod
     def release_workers() -> None:
-        """End the processes that traced, so that nothing runs beside a probe."""
+        """End the processes that replayed, so that nothing runs beside a probe."""
         from joblib.externals.loky import get_reusable_executor
 
         get_reusable_executor().shutdown(wait=True)
@@ -136,8 +185,8 @@ class TraceStore:
         entry = self.cache.get(self._key(kept))
         if entry is None or "work" not in entry:
             return
-        once, each = (Work(**amount) for amount in entry["work"])
-        self.works.setdefault(_traced_as(kept).replace(compile="off"), (once, each))
+        work = StepWork(*(Work(**amount) for amount in entry["work"]))
+        self.works.setdefault(_traced_as(kept), work)
         memory = entry["memory"].get(str(cap_bytes))
         if memory is not None and cap_bytes is not None:
             self.memories[kept, cap_bytes] = TracedMemory(**memory)
@@ -155,17 +204,19 @@ class TraceStore:
         key = self._key(kept)
         entry = self.cache.get(key) or {"memory": {}}
         entry["memory"][str(cap_bytes)] = dataclasses.asdict(memory)
-        entry["work"] = [dataclasses.asdict(amount) for amount in self.work(kept)]
+        entry["work"] = self.work(kept).amounts()
         self.cache.put(key, entry)
 
     def _made(self, config: RunConfig) -> Trace:
         trace = trace_quietly(config, self.architecture, self.capability)
+        self._keep(config, trace)
+        return trace
+
+    def _keep(self, config: RunConfig, trace: Trace) -> None:
         key = self._key(config)
         entry = self.cache.get(key) or {"memory": {}}
-        if config.compile == "off":
-            entry["work"] = [dataclasses.asdict(amount) for amount in _summed(trace)]
+        entry["work"] = StepWork.of(trace).amounts()
         self.cache.put(key, entry, trace.to_bytes())
-        return trace
 
     def _kept(self, config: RunConfig) -> Trace | None:
         events = self.cache.events(self._key(config))
@@ -189,23 +240,9 @@ class TraceStore:
         return between(self.traces[first], self.traces[last], share=share)
 
 
-def trace_quietly(config: RunConfig, architecture: Architecture, capability: str | None) -> Trace:
-    """Trace, perhaps in another process, whose libraries shall be as quiet as they are here."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from lora_advisor.probes.extend import trace_all_layers
-
-    return trace_all_layers(config, architecture, capability=capability)
-
-
 def resized(config: RunConfig, size: Size) -> RunConfig:
     """Return a configuration with another micro-batch and sequence length."""
     return config.replace(micro_batch=size[0], seq_len=size[1])
-
-
-def _summed(trace: Trace) -> tuple[Work, Work]:
-    once = sum((w for (phase, _), w in trace.work.items() if phase == "optimizer"), Work())
-    each = sum((w for (phase, _), w in trace.work.items() if phase != "optimizer"), Work())
-    return once, each
 
 
 def _traced_as(config: RunConfig) -> RunConfig:
@@ -218,8 +255,14 @@ def _traced_as(config: RunConfig) -> RunConfig:
 
 
 def _replayed_as(config: RunConfig) -> RunConfig:
-    """Return the configuration whose replay stands for this one."""
-    changes: dict[str, Any] = {"accumulation": min(config.accumulation, 2)}
+    """Return the configuration whose replay stands for this one.
+
+    A trace is of full rows, whatever their order.
+    """
+    changes: dict[str, Any] = {
+        "accumulation": min(config.accumulation, 2),
+        "group_by_length": False,
+    }
     if config.compile == "model":
         changes["compile"] = "off"
     return config.replace(**changes)

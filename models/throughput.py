@@ -1,46 +1,55 @@
 """From a trace's work, and the probes there are, to the time of a step.
 
 A step takes as long as the slower of two: the host, which issues the kernels one after the other,
-and the device, which runs them. The device's time is the sum of what its matrix products, its
-attention kernels and all other kernels need (design.md, "Throughput"; the additive form fits
-published ladders best, facts in docs/throughput-model.md). Without probes the coefficients are
-those of a roofline; probes draw them to what this card and stack do.
+and the device, which runs them (design.md, "Throughput"). The host's time is a sum over launches,
+each at the price of who issues it; the device's is what its matrix products, its attention kernels
+and the bytes of all other kernels need, and a little for each kernel. These coefficients are shared
+by all configurations. Without probes they are those of a roofline; probes draw them to what this
+card, host and stack do, and what they leave unexplained is learnt per arm by a Gaussian process:
+close where something similar was measured, wide elsewhere.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from lora_advisor.models.residuals import Residuals
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.events import Work
 from lora_advisor.probes.prediction import Interval
 
-#: Share of the card's peak that the matrix products of a step reach, the small ones of the adapters
-#: among them, fitted together with the two below to 26 recorded steps of an H100 (median error
-#: 12 %; 24 published steps of a T4, which throttles, come out 28 % too fast). A large product alone
-#: reaches 0.8: 790 of 989 TFLOP/s for 8192 x 8192.
-_MATMUL_SHARE = 0.5
-#: Share of the peak that flash attention reaches forward and backward together
-#: (FlashAttention-2, arXiv 2307.08691, figure 6: 50 to 73 % of an A100's peak).
-_ATTENTION_SHARE = 0.5
-#: Share of the bandwidth that all other kernels reach, fitted with it (a large copy alone reaches
-#: 0.9: 3.0 of 3.35 TB/s on an H100).
-_BANDWIDTH_SHARE = 0.5
-#: Seconds for the host to issue one kernel through PyTorch's autograd and modules: a step of 9
-#: thousand kernels has a floor of 0.45 to 0.5 s on the recorded H100 machine.
-_LAUNCH_S = 5e-5
-#: What compiling the decoder layers leaves of the launches and of the bytes moved, before a probe
-#: tells: Inductor fuses the elementwise kernels of a layer.
-_COMPILED_LAUNCHES = 0.4
-_COMPILED_BYTES = 0.2
-#: One-sided half-width of an interval in log time, for a roofline without probes and for a model
-#: with probes before its own residuals are known; benchmarks/results/throughput_accuracy.json.
-_ROOFLINE_SPREAD = 0.6
-_FITTED_TERMS = 3
-_PROBED_SPREAD = 0.15
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+#: Seconds the host needs for a micro-batch (data, logging, clipping), an operator that Python code
+#: calls, a kernel that the autograd engine launches, one with Python code of its own, and one of a
+#: compiled program: fitted to the recorded steps of an H100 machine (benchmarks/results/
+#: throughput_accuracy.json), whose host is slow. Hosts differ by a factor of 2 either way.
+_HOST_S = (0.025, 4.4e-5, 1.7e-5, 8e-5, 3e-5)
+#: Shares of the card's peaks that matrix products reach in 16 and in 32 bits, then attention:
+#: flash or cuDNN, memory-efficient, in 32 bits; and of its bandwidth that all other kernels reach.
+#: Fitted with the host's, and to the published steps of other cards (benchmarks/results/
+#: published_throughput.json). Then the seconds of a kernel beside what it computes.
+_SHARES = (0.6, 0.8, 0.46, 0.15, 0.25)
+_BANDWIDTH_SHARE = 0.7
+_KERNEL_S = 2e-6
+#: How the two combine: a norm between their maximum and their sum, close to the maximum, for where
+#: both are as long neither waits for the other all the time.
+_NORM = 8.0
+
+#: Standard deviations, in log time, of what no probe has spoken of: how far a whole side of a host
+#: or a card strays from the roofline, and one of its coefficients from the others.
+_HOST_PRIOR, _DEVICE_PRIOR = 0.35, 0.25
+_TERM_PRIOR = 0.3
+#: How far a measured step strays: the host's part more than the device's.
+_HOST_NOISE, _DEVICE_NOISE = 0.03, 0.01
+#: Nine of ten lie within this many standard deviations.
+NINE_OF_TEN = 1.645
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,27 +61,73 @@ class Observation:
     step_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Logarithms of what host and device need for a step, in seconds, each with its deviation."""
+
+    host: float
+    host_deviation: float
+    device: float
+    device_deviation: float
+
+    @property
+    def value(self) -> float:
+        """The most likely time in seconds."""
+        return math.exp(_join(self.host, self.device))
+
+    def quantile(self, deviations: float) -> float:
+        """Return the time that lies this many standard deviations above the most likely."""
+        return math.exp(
+            _join(
+                self.host + deviations * self.host_deviation,
+                self.device + deviations * self.device_deviation,
+            )
+        )
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the logarithm of the time, where it lies."""
+        return math.log(self.quantile(1.0) / self.value)
+
+    @property
+    def interval(self) -> Interval:
+        """The time in seconds; nine of ten lie within."""
+        return Interval(
+            value=self.value,
+            low=self.quantile(-NINE_OF_TEN),
+            high=self.quantile(NINE_OF_TEN),
+        )
+
+    @property
+    def is_host_bound(self) -> bool:
+        """Whether the device waits for the host."""
+        return self.host > self.device
+
+
 @dataclass(frozen=True)
 class ThroughputModel:
     """Seconds of a step from its work.
 
     Attributes:
-        seconds: Seconds per unit of each term of `terms`, host first; see `_prior`.
-        spread: Half-width of the interval in log time.
-        probes: Number of probes behind the coefficients.
-        compiled_seconds: The same for compiled layers.
+        host: Seconds per unit of each of the host's terms.
+        device: Those of the device's.
+        left: What the coefficients leave unexplained, of host and device; None without probes.
+        deviations: Standard deviations of both sides where nothing similar was measured.
+        probes: Number of probes behind them.
+        slower: How many times a product takes as long in a precision as in bf16.
     """
 
-    seconds: tuple[float, float, float, float]
-    compiled_seconds: tuple[float, float, float, float]
-    spread: float
+    host: tuple[float, ...]
+    device: tuple[float, ...]
+    left: tuple[Residuals, Residuals] | None = None
+    deviations: tuple[float, float] = (_HOST_PRIOR, _DEVICE_PRIOR)
     probes: int = 0
+    slower: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def roofline(cls, card: Card, precision: str) -> ThroughputModel:
+    def roofline(cls, card: Card) -> ThroughputModel:
         """Return the model of a card that was never measured."""
-        plain = _prior(card, precision)
-        return cls(plain, _compiled(plain), _ROOFLINE_SPREAD)
+        return cls(_HOST_S, _device_prior(card), slower=_slower(card))
 
     @classmethod
     def fit(cls, card: Card | None, observations: Sequence[Observation]) -> ThroughputModel:
@@ -82,111 +137,148 @@ class ThroughputModel:
             card: The card, if the table has it; otherwise the probes alone decide.
             observations: What the probes measured; at least one.
         """
-        precision = observations[0].config.precision
-        prior = _prior(card, precision) if card else _prior_from(observations)
-        plain = [o for o in observations if o.config.compile == "off"]
-        compiled = [o for o in observations if o.config.compile != "off"]
-        seconds, left = _draw(prior, plain)
-        compiled_seconds, compiled_left = _draw(_compiled(seconds), compiled)
-        residuals = left + compiled_left
-        weight = len(residuals) / (len(residuals) + 3)
-        # 1.65 standard deviations hold nine of ten; the coefficients took degrees of freedom.
-        free = max(1, len(residuals) - _FITTED_TERMS)
-        own = 1.65 * math.sqrt(sum(r * r for r in residuals) / free)
-        spread = weight * own + (1 - weight) * (_PROBED_SPREAD if residuals else _ROOFLINE_SPREAD)
-        return cls(seconds, compiled_seconds, spread, len(observations))
+        start = cls(
+            _HOST_S,
+            _device_prior(card) if card else _device_guess(observations),
+            slower=_slower(card) if card else {},
+        )
+        fitted = _drawn(start, observations, known=card is not None)
+        sides: list[list[tuple[RunConfig, float]]] = [[], []]
+        for seen in observations:
+            host, device = fitted._sides(seen.config, seen.work)
+            left = math.log(seen.step_s) - _join(host, device)
+            sides[0 if host > device else 1].append((seen.config, left))
+        residuals = (
+            Residuals.fit(sides[0], noise=_HOST_NOISE),
+            Residuals.fit(sides[1], noise=_DEVICE_NOISE),
+        )
+        return dataclasses.replace(fitted, left=residuals, probes=len(observations))
 
-    def step(self, config: RunConfig, work: Work) -> Interval:
-        """Return the seconds of one optimizer step."""
-        seconds = self.seconds if config.compile == "off" else self.compiled_seconds
-        value = _step_s(seconds, work)
-        return Interval(
-            value=value, low=value * math.exp(-self.spread), high=value * math.exp(self.spread)
+    def time(self, config: RunConfig, work: Work) -> StepTime:
+        """Return the time of one optimizer step with its uncertainty."""
+        host, device = self._sides(config, work)
+        deviations = list(self.deviations)
+        if self.left is not None:
+            for side, residuals in enumerate(self.left):
+                if residuals.count:
+                    shift, deviations[side] = residuals.at(config)
+                    host, device = (host + shift, device) if side == 0 else (host, device + shift)
+        return StepTime(
+            host=host, host_deviation=deviations[0], device=device, device_deviation=deviations[1]
         )
 
-    def tokens_per_s(self, config: RunConfig, work: Work) -> Interval:
-        """Return the tokens (padding included) per second."""
-        step = self.step(config, work)
-        tokens = config.tokens_per_step
-        return Interval(value=tokens / step.value, low=tokens / step.high, high=tokens / step.low)
+    def _sides(self, config: RunConfig, work: Work) -> tuple[float, float]:
+        """Return the logarithms of the host's and the device's seconds."""
+        host = sum(s * n for s, n in zip(self.host, host_terms(config, work), strict=True))
+        terms = device_terms(work, self.slower.get(config.precision, 1.0))
+        device = sum(s * n for s, n in zip(self.device, terms, strict=True))
+        return math.log(max(host, 1e-9)), math.log(max(device, 1e-9))
 
 
-def _terms(work: Work) -> tuple[float, float, float, float]:
-    return (work.launches, work.matmul_flops, work.attention_flops, work.bytes_moved)
-
-
-def _step_s(seconds: Sequence[float], work: Work) -> float:
-    host, *device = (s * amount for s, amount in zip(seconds, _terms(work), strict=True))
-    return max(host, sum(device))
-
-
-def _prior(card: Card, precision: str) -> tuple[float, float, float, float]:
-    rate = {"bf16": card.bf16_tflops, "fp16": card.fp16_tflops, "fp32": None}[precision]
-    flops = (rate or card.fp32_tflops) * 1e12
-    bandwidth = card.memory_bandwidth_gb_s * 1e9
+def host_terms(config: RunConfig, work: Work) -> tuple[float, ...]:
+    """Return how much a step asks of the host: micro-batches, and launches by who issues them."""
     return (
-        _LAUNCH_S,
-        1 / (flops * _MATMUL_SHARE),
-        1 / (flops * _ATTENTION_SHARE),
-        1 / (bandwidth * _BANDWIDTH_SHARE),
+        float(config.accumulation),
+        work.launches,
+        work.engine_launches,
+        work.custom_launches,
+        work.compiled_launches,
     )
 
 
-def _prior_from(observations: Sequence[Observation]) -> tuple[float, float, float, float]:
-    """Return a roofline for a device of unknown figures: 20 flops a byte, scaled to the probes."""
-    shape = (0.0, 1.0, 2.0, 20.0)
-    ratios = [o.step_s / _step_s(shape, o.work) for o in observations]
-    scale = sorted(ratios)[len(ratios) // 2]
-    return (_LAUNCH_S, scale * shape[1], scale * shape[2], scale * shape[3])
+def device_terms(work: Work, slower: float) -> tuple[float, ...]:
+    """Return how much a step asks of the device: FLOPs by kind, bytes, kernels.
 
-
-def _compiled(plain: Sequence[float]) -> tuple[float, float, float, float]:
-    return (
-        plain[0] * _COMPILED_LAUNCHES,
-        plain[1],
-        plain[2],
-        plain[3] * _COMPILED_BYTES,
-    )
-
-
-def _draw(
-    prior: Sequence[float], observations: Sequence[Observation]
-) -> tuple[tuple[float, float, float, float], list[float]]:
-    """Draw coefficients to observations; return them and the residuals in log time.
-
-    Terms are scaled so that the prior's coefficients are 1. Each observation says something only
-    of the side (host or device) that bounds it; which one that is follows from the coefficients,
-    so the two are settled in turns.
+    FLOPs in a precision that is slower than bf16 count that many times.
     """
-    if not observations:
-        return (prior[0], prior[1], prior[2], prior[3]), []
-    import numpy
-    from sklearn.linear_model import LinearRegression
-
-    scaled = numpy.array(
-        [[p * t for p, t in zip(prior, _terms(o.work), strict=True)] for o in observations]
+    kernels = work.launches + work.engine_launches + work.custom_launches + work.compiled_launches
+    return (
+        work.matmul_flops * slower,
+        work.fp32_matmul_flops,
+        work.attention_flops * slower,
+        work.efficient_attention_flops * slower,
+        work.fp32_attention_flops,
+        work.bytes_moved,
+        kernels,
     )
-    times = numpy.array([o.step_s for o in observations])
-    factors = numpy.ones(4)
-    for _ in range(20):
-        host = scaled[:, 0] * factors[0]
-        device = scaled[:, 1:] @ factors[1:]
-        bound_by_host = host > device
-        before = factors.copy()
-        for columns, rows in (([0], bound_by_host), ([1, 2, 3], ~bound_by_host)):
-            # Relative errors (rows over their time), and one faint observation of each factor at
-            # its prior, so that a term that no probe speaks of keeps it.
-            inputs = numpy.vstack(
-                [scaled[rows][:, columns] / times[rows, None], 0.3 * numpy.eye(len(columns))]
-            )
-            target = numpy.concatenate(
-                [numpy.ones(int(rows.sum())), 0.3 * numpy.ones(len(columns))]
-            )
-            model = LinearRegression(fit_intercept=False, positive=True).fit(inputs, target)
-            factors[columns] = numpy.maximum(model.coef_, 0.05)
-        if numpy.allclose(before, factors, rtol=1e-4):
-            break
-    fitted = tuple(float(p * f) for p, f in zip(prior, factors, strict=True))
-    seconds = (fitted[0], fitted[1], fitted[2], fitted[3])
-    residuals = [math.log(o.step_s / _step_s(seconds, o.work)) for o in observations]
-    return seconds, residuals
+
+
+def _join(host: float, device: float) -> float:
+    """Return the logarithm of the time of a step from those of its two sides."""
+    high, low = max(host, device), min(host, device)
+    return high + math.log1p(math.exp(_NORM * (low - high))) / _NORM
+
+
+def _slower(card: Card) -> dict[str, float]:
+    rates = {"bf16": card.bf16_tflops, "fp16": card.fp16_tflops, "fp32": card.fp32_tflops}
+    base = card.bf16_tflops or card.fp32_tflops
+    # What a card does not multiply in, it computes in fp32.
+    return {precision: base / (rate or card.fp32_tflops) for precision, rate in rates.items()}
+
+
+def _device_prior(card: Card) -> tuple[float, ...]:
+    half, full = (card.bf16_tflops or card.fp32_tflops) * 1e12, card.fp32_tflops * 1e12
+    bandwidth = card.memory_bandwidth_gb_s * 1e9
+    rates = (half, full, half, half, full)
+    return (
+        *(1 / (rate * share) for rate, share in zip(rates, _SHARES, strict=True)),
+        1 / (bandwidth * _BANDWIDTH_SHARE),
+        _KERNEL_S,
+    )
+
+
+def _device_guess(observations: Sequence[Observation]) -> tuple[float, ...]:
+    """Return a roofline for a device of unknown figures: 20 flops a byte, scaled to the probes."""
+    shape = (1.0, 1.0, 2.0, 2.0, 2.0, 20.0, 0.0)
+    ratios = [
+        o.step_s / sum(s * n for s, n in zip(shape, device_terms(o.work, 1.0), strict=True))
+        for o in observations
+    ]
+    scale = sorted(ratios)[len(ratios) // 2]
+    return (*(scale * part for part in shape[:-1]), _KERNEL_S)
+
+
+def _drawn(
+    start: ThroughputModel, observations: Sequence[Observation], *, known: bool
+) -> ThroughputModel:
+    """Return the coefficients that are most probable given the roofline and the probes.
+
+    Least squares in log time over factors of both sides as a whole and of each coefficient, each
+    normal around 1 in its logarithm; an outlier counts for less (soft L1).
+    """
+    import numpy
+    from scipy.optimize import least_squares
+
+    host = numpy.array([host_terms(o.config, o.work) for o in observations])
+    device = numpy.array(
+        [device_terms(o.work, start.slower.get(o.config.precision, 1.0)) for o in observations]
+    )
+    times = numpy.log([o.step_s for o in observations])
+    sides = ((host, numpy.array(start.host)), (device, numpy.array(start.device)))
+    count = len(start.host) + len(start.device)
+    # Of a device without figures the scale is the probes' own.
+    wide = 2 * _DEVICE_PRIOR if known else 2.0
+    prior = numpy.array([2 * _HOST_PRIOR, wide] + [_TERM_PRIOR] * count)
+    noise = 2 * _HOST_NOISE
+
+    def coefficients(logs: NDArray[numpy.float64]) -> list[NDArray[numpy.float64]]:
+        split = 2 + len(start.host)
+        parts = (logs[2:split], logs[split:])
+        return [
+            numpy.asarray(base * numpy.exp(whole + part))
+            for (_, base), whole, part in zip(sides, logs[:2], parts, strict=True)
+        ]
+
+    def misfit(logs: NDArray[numpy.float64]) -> NDArray[numpy.float64]:
+        both = [
+            numpy.log(numpy.maximum(terms @ seconds, 1e-9))
+            for (terms, _), seconds in zip(sides, coefficients(logs), strict=True)
+        ]
+        joined = numpy.logaddexp(_NORM * both[0], _NORM * both[1]) / _NORM
+        return numpy.concatenate([(joined - times) / noise, logs / prior])
+
+    found = least_squares(misfit, numpy.zeros(2 + count), loss="soft_l1", f_scale=2.0)
+    fitted = coefficients(found.x)
+    return dataclasses.replace(
+        start, host=tuple(map(float, fitted[0])), device=tuple(map(float, fitted[1]))
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -213,6 +214,13 @@ def build_hf_config(architecture: Architecture, *, layers: int | None = None) ->
     except Exception as error:  # transformers validates figures with many exception types
         raise DataError(f"`{architecture.name}` cannot be built: {_first_line(error)}") from None
     return config
+
+
+def with_layers(architecture: Architecture, layers: int) -> Architecture:
+    """Return the architecture cut to its first decoder layers, without weights."""
+    return dataclasses.replace(
+        architecture, hf_config=cut_layers(dict(architecture.hf_config), layers), weights=None
+    )
 
 
 def attention_of(architecture: Architecture) -> str:

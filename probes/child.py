@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from lora_advisor.probes.exchange import Answer, Request
+from lora_advisor.probes.forkserver import Fork, ForkServer
 from lora_advisor.probes.rivals import Rivals
 
 _LOG = logging.getLogger(__name__)
@@ -43,28 +44,40 @@ class Ending:
     process_bytes: int | None = None
 
 
-def run_child(request: Request, timeout_s: float, rivals: Rivals) -> Answer:
+Child = subprocess.Popen[bytes] | Fork
+
+
+def run_child(
+    request: Request, timeout_s: float, rivals: Rivals, server: ForkServer | None = None
+) -> Answer:
     """Start the child, wait for it, and tell from its answer or its end how it went."""
     with tempfile.TemporaryDirectory(prefix="lora-advisor-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         request.write(folder / "request.json")
         log = folder / "log.txt"
-        files = [str(folder / "request.json"), str(folder / "answer.json")]
-        with log.open("wb") as output:
-            child = subprocess.Popen(
-                worker_command(*files),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the parent, which then ends the child
-            )
-            try:
-                ending = _wait(child, request, timeout_s, rivals)
-            finally:
-                _kill(child)
+        child = _start(folder / "request.json", folder / "answer.json", log, server)
+        try:
+            ending = _wait(child, request, timeout_s, rivals)
+        finally:
+            _kill(child)
         text = log.read_text("utf-8", errors="replace")
         _LOG.debug("probe %s: %s\n%s", child.pid, ending, text)
         return answer_of(ending, Answer.read(folder / "answer.json"), text, request)
+
+
+def _start(request: Path, answer: Path, log: Path, server: ForkServer | None) -> Child:
+    """Fork the worker where there is a server, start a process where there is none."""
+    fork = None if server is None else server.start(request, answer, log)
+    if fork is not None:
+        return fork
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            worker_command(str(request), str(answer)),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the parent, which then ends the child
+        )
 
 
 def worker_command(*arguments: str) -> list[str]:
@@ -73,9 +86,7 @@ def worker_command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "lora_advisor.probes.worker", *arguments]
 
 
-def _wait(
-    child: subprocess.Popen[bytes], request: Request, timeout_s: float, rivals: Rivals
-) -> Ending:
+def _wait(child: Child, request: Request, timeout_s: float, rivals: Rivals) -> Ending:
     """Wait for a child's end, its time limit or, on a CPU, its memory limit."""
     deadline = time.monotonic() + timeout_s
     on_cpu = request.device == "cpu"
@@ -132,7 +143,7 @@ def _resident_bytes(pid: int) -> int:
         return 0
 
 
-def _kill(child: subprocess.Popen[bytes]) -> None:
+def _kill(child: Child) -> None:
     """End a child that still runs, with all that it started."""
     if child.poll() is not None:
         return

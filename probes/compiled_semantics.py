@@ -20,23 +20,7 @@ from unittest import mock
 
 import torch
 
-
-def _run_fused_kernel(arguments: list[torch.Tensor]) -> None:
-    """Do nothing: the buffers that a fused kernel writes are allocated before it is called."""
-
-
-# An operation of PyTorch's, so that a dispatch mode sees each launch and the bytes it touches.
-_fused_kernel = torch.library.custom_op(
-    "lora_advisor::fused_kernel",
-    _run_fused_kernel,
-    mutates_args=(),
-    schema="(Tensor[] arguments) -> ()",
-)
-_fused_kernel.register_fake(_run_fused_kernel)
-
-
-def _fused(*arguments: Any) -> None:
-    _fused_kernel([value for value in arguments if isinstance(value, torch.Tensor)])
+from lora_advisor.probes.stand_ins import compiled_program, fused_kernel
 
 
 @contextlib.contextmanager
@@ -123,7 +107,7 @@ def _compile_to_module(graph: Any) -> Any:
     names: dict[str, Any] = {}
     exec(compile(source, "<inductor>", "exec"), names)
     names.update(
-        fused=_fused,
+        fused=fused_kernel,
         empty_strided_cpu=_empty_strided,
         reinterpret_tensor=_reinterpret,
         assert_size_stride=_no_check,
@@ -132,7 +116,12 @@ def _compile_to_module(graph: Any) -> Any:
             run_and_save_rng_state=_run_and_save_state, run_with_rng_state=_run_with_state
         ),
     )
-    return SimpleNamespace(call=names["call"], runner=None, __file__="<inductor>")
+
+    def call(*args: Any) -> Any:
+        with compiled_program():
+            return names["call"](*args)
+
+    return SimpleNamespace(call=call, runner=None, __file__="<inductor>")
 
 
 def _call_kernel(kernel: Any, *_: Any, **__: Any) -> None:

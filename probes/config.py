@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from lora_advisor.probes.checks import (
+    check_flag,
+    check_number,
+    check_whole,
+    check_word,
+    fields_of,
+)
 from lora_advisor.probes.errors import UsageError
 
 TRAINERS = ("trl", "transformers", "loop")
@@ -59,9 +65,9 @@ class LoraShape:
 
     def __post_init__(self) -> None:
         """Refuse what peft would refuse, or accept and misread."""
-        _check_whole("lora.r", self.r, least=1)
-        _check_number("lora.alpha", self.alpha, above=0)
-        _check_number("lora.dropout", self.dropout, above=None)
+        check_whole("lora.r", self.r, least=1)
+        check_number("lora.alpha", self.alpha, above=0)
+        check_number("lora.dropout", self.dropout, above=None)
         if not 0 <= self.dropout < 1:
             raise UsageError(f"`lora.dropout` must lie in [0, 1), but got {self.dropout!r}.")
         if isinstance(self.targets, str):
@@ -83,7 +89,7 @@ class LoraShape:
     @classmethod
     def from_json(cls, data: object) -> Self:
         """Read the JSON form; all four fields must be there."""
-        values = _fields(cls, data, where="lora.")
+        values = fields_of(cls, data, where="lora.")
         targets = values["targets"]
         if isinstance(targets, list):
             values["targets"] = tuple(targets)
@@ -120,6 +126,7 @@ class RunConfig:
         compile: "off", "layers" (each decoder layer) or "model".
         allocator: "default" or "expandable_segments".
         packing: Whether short rows share a sequence.
+        group_by_length: Whether rows of like length share a micro-batch.
     """
 
     model: str
@@ -141,20 +148,21 @@ class RunConfig:
     compile: str
     allocator: str
     packing: bool = False
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         """Fill the defaults that depend on the method, then refuse every illegal combination."""
         if not isinstance(self.model, str) or not self.model:
             raise UsageError(f"`model` must be a name or a path, but got {self.model!r}.")
-        _check_word("trainer", self.trainer, TRAINERS + FOREIGN_TRAINERS)
-        _check_word("method", self.method, METHODS)
+        check_word("trainer", self.trainer, TRAINERS + FOREIGN_TRAINERS)
+        check_word("method", self.method, METHODS)
         if self.method == "qlora":
             if self.quant_type is None:
                 object.__setattr__(self, "quant_type", "nf4")
             if self.double_quant is None:
                 object.__setattr__(self, "double_quant", True)
-            _check_word("quant_type", self.quant_type, QUANT_TYPES)
-            _check_flag("double_quant", self.double_quant)
+            check_word("quant_type", self.quant_type, QUANT_TYPES)
+            check_flag("double_quant", self.double_quant)
         else:
             for name, value in (
                 ("quant_type", self.quant_type),
@@ -167,17 +175,17 @@ class RunConfig:
                     )
             object.__setattr__(self, "double_quant", None)
         for name in ("micro_batch", "accumulation"):
-            _check_whole(name, getattr(self, name), least=1)
-        _check_whole("seq_len", self.seq_len, least=2)
-        _check_word("optimizer", self.optimizer, OPTIMIZERS)
-        _check_word("precision", self.precision, PRECISIONS)
-        _check_word("attention", self.attention, ATTENTIONS)
-        _check_word("kernels", self.kernels, KERNELS)
-        _check_word("loss", self.loss, LOSSES)
-        _check_word("compile", self.compile, COMPILES)
-        _check_word("allocator", self.allocator, ALLOCATORS)
-        _check_flag("fp32_upcast", self.fp32_upcast)
-        _check_flag("packing", self.packing)
+            check_whole(name, getattr(self, name), least=1)
+        check_whole("seq_len", self.seq_len, least=2)
+        check_word("optimizer", self.optimizer, OPTIMIZERS)
+        check_word("precision", self.precision, PRECISIONS)
+        check_word("attention", self.attention, ATTENTIONS)
+        check_word("kernels", self.kernels, KERNELS)
+        check_word("loss", self.loss, LOSSES)
+        check_word("compile", self.compile, COMPILES)
+        check_word("allocator", self.allocator, ALLOCATORS)
+        for name in ("fp32_upcast", "packing", "group_by_length"):
+            check_flag(name, getattr(self, name))
         self._check_checkpointing()
         self._check_combinations()
 
@@ -222,6 +230,10 @@ class RunConfig:
             raise UsageError(
                 f'`packing` must be false with trainer {self.trainer!r}: only "trl" packs rows.'
             )
+        if self.packing and self.group_by_length:
+            raise UsageError(
+                "`group_by_length` must be false with `packing`, which leaves no padding to save."
+            )
         if self.attention == "flash_attention_2" and self.precision == "fp32":
             raise UsageError(
                 '`attention` "flash_attention_2" needs precision "bf16" or "fp16": the kernel has '
@@ -259,10 +271,15 @@ class RunConfig:
         return dataclasses.replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON form, every field written out."""
+        """Return the JSON form, every field written out.
+
+        `group_by_length`, which older programs do not know, only stands there where it is true.
+        """
         data: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
+        if not self.group_by_length:
+            del data["group_by_length"]
         data["lora"] = None if self.lora is None else self.lora.to_json()
         return data
 
@@ -273,52 +290,7 @@ class RunConfig:
         Raises:
             UsageError: A field is unknown, missing, of the wrong type, or does not go with another.
         """
-        values = _fields(cls, data, where="")
+        values = fields_of(cls, data, where="")
         lora = values.get("lora")
         values["lora"] = None if lora is None else LoraShape.from_json(lora)
         return cls(**values)
-
-
-def _fields(cls: type, data: object, *, where: str) -> dict[str, Any]:
-    """Return `data` as keyword arguments of the dataclass `cls`, with all names checked."""
-    if not isinstance(data, Mapping):
-        raise UsageError(
-            f"`{where.rstrip('.') or 'config'}` must be a JSON object, but got {data!r}."
-        )
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(data) - set(fields))
-    if unknown:
-        raise UsageError(
-            f"`{where}{unknown[0]}` is not a field of {cls.__name__}; the fields are "
-            f"{', '.join(fields)}."
-        )
-    missing = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and name not in data
-    ]
-    if missing:
-        raise UsageError(f"`{where}{missing[0]}` must be given: it has no default.")
-    return dict(data)
-
-
-def _check_word(name: str, value: object, words: tuple[str, ...]) -> None:
-    if value not in words:
-        raise UsageError(f"`{name}` must be one of {', '.join(words)}, but got {value!r}.")
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise UsageError(f"`{name}` must be true or false, but got {value!r}.")
-
-
-def _check_whole(name: str, value: object, *, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"`{name}` must be a whole number of at least {least}, but got {value!r}.")
-
-
-def _check_number(name: str, value: object, *, above: float | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UsageError(f"`{name}` must be a number, but got {value!r}.")
-    if above is not None and not value > above:
-        raise UsageError(f"`{name}` must be above {above}, but got {value!r}.")

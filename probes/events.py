@@ -35,35 +35,45 @@ class Event:
 class Work:
     """What a phase asks of the device and of the host, summed over one step.
 
+    Launches are told apart by who issues them, for that decides what they cost the host.
+
     Attributes:
-        launches: Kernels launched.
-        matmul_flops: Floating-point operations of matrix products in the precision of the step.
-        attention_flops: Those of the attention kernels.
-        bytes_moved: Bytes read and written by all other kernels.
+        launches: Kernels that a module's Python code launches through PyTorch's operators.
+        engine_launches: Those of the autograd engine, which is C++.
+        custom_launches: Those of kernels with Python code of their own: Triton's, bitsandbytes'.
+        compiled_launches: Those of a compiled program.
+        matmul_flops: Floating-point operations of matrix products in 16 bits.
+        fp32_matmul_flops: Those of products in 32 bits.
+        attention_flops: Those of flash and cuDNN attention.
+        efficient_attention_flops: Those of memory-efficient attention in 16 bits.
+        fp32_attention_flops: Those of any attention kernel in 32 bits.
+        bytes_moved: Bytes read and written by all other kernels, among them products with so thin
+            a factor that reading the other one takes longer.
     """
 
     launches: float = 0.0
+    engine_launches: float = 0.0
+    custom_launches: float = 0.0
+    compiled_launches: float = 0.0
     matmul_flops: float = 0.0
+    fp32_matmul_flops: float = 0.0
     attention_flops: float = 0.0
+    efficient_attention_flops: float = 0.0
+    fp32_attention_flops: float = 0.0
     bytes_moved: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         """Add term by term."""
-        return Work(
-            self.launches + other.launches,
-            self.matmul_flops + other.matmul_flops,
-            self.attention_flops + other.attention_flops,
-            self.bytes_moved + other.bytes_moved,
-        )
+        pairs = zip(self.amounts(), other.amounts(), strict=True)
+        return Work(*(mine + theirs for mine, theirs in pairs))
 
     def times(self, factor: float) -> Work:
         """Multiply term by term."""
-        return Work(
-            self.launches * factor,
-            self.matmul_flops * factor,
-            self.attention_flops * factor,
-            self.bytes_moved * factor,
-        )
+        return Work(*(amount * factor for amount in self.amounts()))
+
+    def amounts(self) -> tuple[float, ...]:
+        """Return the terms in order."""
+        return dataclasses.astuple(self)
 
 
 @dataclass(frozen=True, eq=False)

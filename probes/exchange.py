@@ -95,6 +95,12 @@ class Answer:
     tokens_per_step: int | None = None
     joules: float | None = None
     power_w: float | None = None
+    energy_source: str | None = None
+    sm_clock_mhz: int | None = None
+    sm_clock_max_mhz: int | None = None
+    temperature_c: int | None = None
+    throttled: tuple[str, ...] | None = None
+    unstable: bool | None = None
     alloc_retries: int | None = None
     attention_backend: str | None = None
     trainable: int | None = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_advisor.probes.adapters import lora_config
+from lora_advisor.probes.batching import order_by_length
 from lora_advisor.probes.config import RunConfig
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def training_arguments(config: RunConfig, schedule: Schedule, *, device: str) ->
         if config.checkpointing == "offload":
             checkpointing["offload"] = True
     autocast = config.trainer != "loop"
+    shuffled = "group_by_length" if config.group_by_length else "random"
     arguments: dict[str, Any] = {
         "output_dir": schedule.output_dir,
         "per_device_train_batch_size": config.micro_batch,
@@ -88,7 +90,8 @@ def training_arguments(config: RunConfig, schedule: Schedule, *, device: str) ->
         "liger_kernel_config": _liger_config(config),
         "use_cpu": device != "cuda",
         "seed": schedule.seed,
-        "train_sampling_strategy": "random" if schedule.shuffle else "sequential",
+        # Full rows, the only ones that are not shuffled, need no grouping.
+        "train_sampling_strategy": shuffled if schedule.shuffle else "sequential",
         "save_strategy": "no" if schedule.save_steps is None else "steps",
         "eval_strategy": "no",
         "logging_strategy": "no" if schedule.logging_steps is None else "steps",
@@ -147,6 +150,8 @@ def build_trainer(
             trainer = _trl_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
         else:
             trainer = _plain_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
+    if config.group_by_length and schedule.shuffle:
+        order_by_length(trainer, [len(row["input_ids"]) for row in rows], seed=schedule.seed)
     if config.precision == "fp16":
         # TRL casts the adapters of a quantised model to bf16, which a GradScaler cannot unscale.
         trained: Any = trainer.model

@@ -5,6 +5,7 @@ Versions: PyTorch 2.11 to 2.13, bitsandbytes 0.50.2.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 from lora_advisor.probes.attention_semantics import backward_workspace, generation, kernel_of
 from lora_advisor.probes.events import Work
+from lora_advisor.probes.stand_ins import TRITON, in_compiled_program
 
 MIB = 2**20
 
@@ -52,7 +54,9 @@ def describe(
         fuses = multiplies and bias is not None
     else:
         fuses = name.startswith("aten::addmm") and args[0].dim() == 1
-    return Cost(temporaries, multiplies, fuses, lambda result: _work(name, args, result))
+    return Cost(
+        temporaries, multiplies, fuses, lambda result: _work(name, args, kwargs, result, capability)
+    )
 
 
 #: What cuBLASLt takes for each thread (aten/src/ATen/cuda/CUDABlas.cpp, _getWorkspaceSize).
@@ -110,13 +114,33 @@ def _multiplies(name: str) -> bool:
     return name.split("::")[1].split(".")[0] in _PRODUCTS
 
 
-def _work(name: str, args: tuple[Any, ...], result: Any) -> Work:
+#: Operations whose Python code costs more than the operator that it is.
+_CUSTOM = (TRITON, "bitsandbytes::")
+
+
+def issued(work: Work, name: str, *, by_engine: bool) -> Work:
+    """Return the work with its launches put down to who issues them."""
+    launches = work.launches
+    if not launches:
+        return work
+    if in_compiled_program():
+        return dataclasses.replace(work, launches=0.0, compiled_launches=launches)
+    if name.startswith(_CUSTOM):
+        return dataclasses.replace(work, launches=0.0, custom_launches=launches)
+    if by_engine:
+        return dataclasses.replace(work, launches=0.0, engine_launches=launches)
+    return work
+
+
+def _work(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, capability: str | None
+) -> Work:
     """Count one operation's floating-point operations, or the bytes it moves."""
     space, short = name.split("::")[:2]
     if space in _NO_KERNELS or short == "t" or short.startswith(_VIEWS):
         return Work()
     if short.startswith(_PRODUCTS):
-        return Work(launches=1, matmul_flops=_matmul_flops(short, args))
+        return _product_work(_matmul_flops(short, args), _bytes(args) + _bytes(result), result)
     if "gemm_4bit" in short:
         rows = args[0].numel() // args[0].shape[-1]
         weight = math.prod(args[2])
@@ -126,8 +150,21 @@ def _work(name: str, args: tuple[Any, ...], result: Any) -> Work:
     if "dequantize_4bit" in short:
         return Work(launches=1, bytes_moved=_bytes(args) + _bytes(result))
     if "scaled_dot_product" in short:
-        return _attention_work(short, args)
+        return _attention_work(short, args, kwargs, capability)
     return Work(launches=1, bytes_moved=_bytes(args) + _bytes(result))
+
+
+#: Floating-point operations for each byte below which a product waits for memory: cards have 76
+#: (RTX 3090) to 300 (H100); an adapter of rank 16 has 16, a layer's own products hundreds.
+_THIN = 100
+
+
+def _product_work(flops: float, moved: float, result: Any) -> Work:
+    if flops < _THIN * moved:
+        return Work(launches=1, bytes_moved=moved)
+    if result.element_size() > 2:
+        return Work(launches=1, fp32_matmul_flops=flops)
+    return Work(launches=1, matmul_flops=flops)
 
 
 def _matmul_flops(short: str, args: tuple[Any, ...]) -> float:
@@ -138,13 +175,22 @@ def _matmul_flops(short: str, args: tuple[Any, ...]) -> float:
     return float(2 * left.numel() * right.shape[-1])
 
 
-def _attention_work(short: str, args: tuple[Any, ...]) -> Work:
+def _attention_work(
+    short: str, args: tuple[Any, ...], kwargs: dict[str, Any], capability: str | None
+) -> Work:
     """Four products forward (two, causal half) and five backward; FlashAttention-2, section 3.2."""
     backward = "backward" in short
     query, key = (args[1], args[2]) if backward else (args[0], args[1])
     batch, heads, length, width = query.shape
     product = 2.0 * batch * heads * length * key.shape[2] * width / 2  # causal: half the scores
-    return Work(launches=4 if backward else 1, attention_flops=product * (5 if backward else 2))
+    flops = product * (5 if backward else 2)
+    masked = kwargs.get("attn_mask") is not None
+    shapes = (tuple(query.shape), tuple(key.shape))
+    kernel = kernel_of(shapes, query.dtype, masked=masked, capability=capability)
+    term = "attention_flops" if kernel in ("flash", "cudnn") else "efficient_attention_flops"
+    if query.element_size() > 2:
+        term = "fp32_attention_flops"
+    return Work(launches=4 if backward else 1, **{term: flops})
 
 
 def _bytes(value: Any) -> float:

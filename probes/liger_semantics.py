@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lora_advisor.probes.stand_ins import triton_kernel
+
 
 class _RmsNorm(torch.autograd.Function):
     """Saves the input and one fp32 number a row; the gradient overwrites the incoming one."""
@@ -22,12 +24,15 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(flat, weight, torch.empty(flat.shape[0], dtype=torch.float32))
-        return torch.empty_like(flat).view(x.shape)
+        normed = torch.empty_like(flat)
+        triton_kernel(flat, normed)
+        return normed.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         flat, weight, _ = ctx.saved_tensors
         partial = torch.empty((132, flat.shape[-1]), dtype=torch.float32)  # one row an SM
+        triton_kernel(flat, grads[0], grads[0], partial)
         needed = partial.sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return grads[0], needed
 
@@ -39,11 +44,15 @@ class _SiluMul(torch.autograd.Function):
     def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a, b = a.contiguous(), b.contiguous()
         ctx.save_for_backward(a, b)
-        return torch.empty_like(a)
+        product = torch.empty_like(a)
+        triton_kernel(a, b, product)
+        return product
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return ctx.saved_tensors
+        inputs = ctx.saved_tensors
+        triton_kernel(*inputs, *grads, *inputs)
+        return inputs
 
 
 class _Rope(torch.autograd.Function):
@@ -51,10 +60,12 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, *_: torch.Tensor) -> Any:
+        triton_kernel(q, k, q, k)
         return q.view_as(q), k.view_as(k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
+        triton_kernel(*grads, *grads)
         return grads[0], grads[1], None, None
 
 
@@ -71,6 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros(tokens, dtype=torch.float32)
         for start in range(0, tokens, chunk):
             logits = hidden[start : start + chunk] @ weight.t()
+            triton_kernel(logits, logits)  # the loss and, in place, its gradient
             grad_hidden[start : start + chunk] = logits @ weight
             if grad_weight is not None:
                 grad_weight += logits.t() @ hidden[start : start + chunk]

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_advisor.probes import nvml
+from lora_advisor.probes.cards import card_of
+from lora_advisor.probes.energy import Gauge, open_gauge
 from lora_advisor.probes.errors import UnavailableError
+from lora_advisor.probes.machine import Machine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +30,21 @@ class Memory:
     process_bytes: int | None = None
     context_bytes: int | None = None
     alloc_retries: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """State of the device at one moment, where it tells.
+
+    Attributes:
+        sm_clock_mhz: Clock of the multiprocessors.
+        temperature_c: Temperature of the chip.
+        throttled: Why the clock is held down; empty when it is not.
+    """
+
+    sm_clock_mhz: int | None = None
+    temperature_c: int | None = None
+    throttled: tuple[str, ...] | None = None
 
 
 class Meter(Protocol):
@@ -41,8 +59,14 @@ class Meter(Protocol):
     def between_s(self, start: Any, end: Any) -> float | None:
         """Return the seconds between two marks; the device must have passed both."""
 
-    def joules(self) -> float | None:
-        """Return the energy counter."""
+    def open_gauge(self) -> Gauge | None:
+        """Return what tells the energy from now on, or None."""
+
+    def condition(self) -> Condition | None:
+        """Return the state of the device now, or None."""
+
+    def sm_clock_max_mhz(self) -> int | None:
+        """Return the highest clock that the device allows, or None."""
 
     def live_bytes(self) -> int | None:
         """Return the bytes of live tensors."""
@@ -63,7 +87,13 @@ class CpuMeter:
     def between_s(self, start: None, end: None) -> None:
         """Return None."""
 
-    def joules(self) -> None:
+    def open_gauge(self) -> None:
+        """Return None."""
+
+    def condition(self) -> None:
+        """Return None."""
+
+    def sm_clock_max_mhz(self) -> None:
         """Return None."""
 
     def live_bytes(self) -> None:
@@ -84,6 +114,7 @@ class CudaMeter:
             UnavailableError: There is no GPU that PyTorch can use.
         """
         self._used_before = _used_bytes()
+        self._joules_before = nvml.energy_joules()
         import torch
 
         if not torch.cuda.is_available():
@@ -111,9 +142,23 @@ class CudaMeter:
         """Return the seconds between two recorded events."""
         return float(start.elapsed_time(end)) / 1000
 
-    def joules(self) -> float | None:
-        """Return the board's energy counter."""
-        return nvml.energy_joules()
+    def open_gauge(self) -> Gauge | None:
+        """Return the best gauge that the board has."""
+        board = self._cuda.get_device_properties(0)
+        card = card_of(Machine(kind="cuda", name=board.name, memory_bytes=board.total_memory))
+        return open_gauge(self._joules_before, None if card is None else card.tdp_w)
+
+    def condition(self) -> Condition:
+        """Return clock, temperature and throttling: three questions to the driver."""
+        return Condition(
+            throttled=nvml.throttle_reasons(),
+            sm_clock_mhz=nvml.sm_clock_mhz(),
+            temperature_c=nvml.temperature_c(),
+        )
+
+    def sm_clock_max_mhz(self) -> int | None:
+        """Return the highest clock that the card allows."""
+        return nvml.sm_clock_max_mhz()
 
     def live_bytes(self) -> int:
         """Return the bytes of live tensors."""

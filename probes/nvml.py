@@ -16,10 +16,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: Names of the reasons for a lower clock that make a time unfit to compare, as NVML calls them
-#: (nvml.h, nvmlClocksEventReasons). Idle and settings of the user are not among them.
+#: The power limit lowers the clock. A card at full load often works there, a laptop's always: that
+#: is the card's speed.
+POWER_CAP = "power cap"
+#: Names of the reasons for a lower clock, as NVML calls them (nvml.h, nvmlClocksEventReasons). Idle
+#: and settings of the user are not among them. All but the power cap make a time unfit to compare.
 _THROTTLES = {
-    "SwPowerCap": "power cap",
+    "SwPowerCap": POWER_CAP,
     "HwSlowdown": "hardware slowdown",
     "SwThermalSlowdown": "temperature",
     "HwThermalSlowdown": "temperature, by the hardware",
@@ -114,20 +117,45 @@ def other_processes(pid: int) -> tuple[GpuProcess, ...] | None:
 
 
 def energy_joules() -> float | None:
-    """Return the board's energy since the driver was loaded; only differences mean anything."""
+    """Return the board's energy since the driver was loaded; only differences mean anything.
+
+    Cards since Volta count, GeForce cards among them; older ones, many virtual GPUs and Jetsons do
+    not.
+    """
     # NVML counts millijoules (nvml.h, nvmlDeviceGetTotalEnergyConsumption).
     return _ask(lambda nvml, gpu: float(nvml.nvmlDeviceGetTotalEnergyConsumption(gpu)) / 1000)
 
 
 def power_w() -> float | None:
-    """Return the board's power now."""
+    """Return the board's power; since Ampere, but for the A100, the mean of the last second."""
     # NVML gives milliwatts (nvml.h, nvmlDeviceGetPowerUsage).
     return _ask(lambda nvml, gpu: float(nvml.nvmlDeviceGetPowerUsage(gpu)) / 1000)
+
+
+def instant_power_w() -> float | None:
+    """Return the board's power now, where the driver tells it apart from the mean."""
+
+    def question(nvml: ModuleType, gpu: Any) -> float | None:
+        (field,) = nvml.nvmlDeviceGetFieldValues(gpu, [nvml.NVML_FI_DEV_POWER_INSTANT])
+        known = field.nvmlReturn == nvml.NVML_SUCCESS
+        return float(field.value.uiVal) / 1000 if known else None
+
+    return _ask(question)
+
+
+def power_limit_w() -> float | None:
+    """Return the power that the board is held to now, the lowest of all limits."""
+    return _ask(lambda nvml, gpu: float(nvml.nvmlDeviceGetEnforcedPowerLimit(gpu)) / 1000)
 
 
 def sm_clock_mhz() -> int | None:
     """Return the clock of the multiprocessors now."""
     return _ask(lambda nvml, gpu: int(nvml.nvmlDeviceGetClockInfo(gpu, nvml.NVML_CLOCK_SM)))
+
+
+def sm_clock_max_mhz() -> int | None:
+    """Return the highest clock of the multiprocessors that the card allows."""
+    return _ask(lambda nvml, gpu: int(nvml.nvmlDeviceGetMaxClockInfo(gpu, nvml.NVML_CLOCK_SM)))
 
 
 def temperature_c() -> int | None:

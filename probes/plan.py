@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lora_advisor.probes.architectures import Architecture
+from lora_advisor.probes.batching import Batching, batching_of
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import DataError, MissingInputError, OutputError, UsageError
 from lora_advisor.probes.machine import Machine, Stack
@@ -46,6 +47,14 @@ class Candidate:
         return None if speed is None else speed.value
 
     @property
+    def joules_per_token(self) -> float | None:
+        """Energy of a token, measured where it ran, else predicted."""
+        if self.measured is not None and self.measured.joules_per_token is not None:
+            return self.measured.joules_per_token
+        energy = self.prediction.joules_per_token
+        return None if energy is None else energy.value
+
+    @property
     def evidence(self) -> str:
         """How its figures are known."""
         ran = self.measured is not None and self.measured.outcome == "ok"
@@ -62,6 +71,8 @@ class DataSummary:
         tokens: Their tokens, padding not counted, for one pass.
         truncated: Rows cut to the sequence length.
         dropped: Rows left out: nothing of their answer was left.
+        length_counts: How many rows have each length after cutting, shortest first; empty in a plan
+            of an older program.
     """
 
     path: str
@@ -69,6 +80,19 @@ class DataSummary:
     tokens: int
     truncated: int
     dropped: int
+    length_counts: tuple[tuple[int, int], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form; the counts are an object from length to rows."""
+        counts = {str(length): rows for length, rows in self.length_counts}
+        return {**vars(self), "length_counts": counts}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read the JSON form."""
+        counts = (data.get("length_counts") or {}).items()
+        ordered = tuple(sorted((int(length), rows) for length, rows in counts))
+        return cls(**{**data, "length_counts": ordered})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +117,8 @@ class Plan:
         wall_s: Seconds the plan took.
         trials: Configurations the search looked at.
         data: What the data asks for; None without data.
+        batchings: What one pass over the data costs under each way to make micro-batches that the
+            trainer knows, the chosen one among them; empty where that was not asked.
     """
 
     spec: Spec
@@ -112,10 +138,22 @@ class Plan:
     wall_s: float
     trials: int
     data: DataSummary | None = None
+    batchings: tuple[Batching, ...] = ()
+
+    @property
+    def batching(self) -> Batching | None:
+        """What a pass costs as the chosen configuration makes its micro-batches."""
+        name = batching_of(self.chosen.config)
+        return next((batching for batching in self.batchings if batching.name == name), None)
 
     @property
     def epoch_s(self) -> float | None:
-        """Seconds for one pass over the data at the chosen speed, every row padded."""
+        """Seconds for one pass over the data at the chosen speed.
+
+        Where the lengths of its rows were not priced, every row counts as a full one.
+        """
+        if self.batching is not None and self.batching.seconds is not None:
+            return self.batching.seconds.value
         speed = self.chosen.tokens_per_s
         if self.data is None or speed is None:
             return None
@@ -140,7 +178,8 @@ class Plan:
             runners_up=tuple(_candidate(item) for item in data["runners_up"]),
             rejected=tuple(_candidate(item) for item in data["rejected"]),
             excluded=tuple((what, why) for what, why in data["excluded"]),
-            data=None if data.get("data") is None else DataSummary(**data["data"]),
+            data=None if data.get("data") is None else DataSummary.from_json(data["data"]),
+            batchings=tuple(Batching.from_json(item) for item in data.get("batchings") or ()),
         )
         return cls(**values)  # type: ignore[arg-type]
 
@@ -236,4 +275,6 @@ def _prediction(data: Mapping[str, Any]) -> Prediction:
         step_s=interval(data["step_s"]),
         tokens_per_s=interval(data["tokens_per_s"]),
         evidence=data["evidence"],
+        joules_per_token=interval(data.get("joules_per_token")),
+        energy_source=data.get("energy_source"),
     )

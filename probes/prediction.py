@@ -19,6 +19,14 @@ class Interval:
     low: float
     high: float
 
+    def scaled(self, factor: float) -> Interval:
+        """Return it in another unit."""
+        return Interval(value=self.value * factor, low=self.low * factor, high=self.high * factor)
+
+    def reciprocal(self, amount: float) -> Interval:
+        """Return `amount` per unit of it."""
+        return Interval(value=amount / self.value, low=amount / self.high, high=amount / self.low)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPrediction:
@@ -58,6 +66,8 @@ class Prediction:
         step_s: Seconds of one optimizer step; None where no card is named.
         tokens_per_s: Tokens (padding included) per second; None likewise.
         evidence: One of EVIDENCE, the weaker of memory's and time's.
+        joules_per_token: Energy of a token, padding included; None where nothing is known of it.
+        energy_source: "probed", or "board power": no more than the power limit times the time.
     """
 
     memory: MemoryPrediction
@@ -65,3 +75,5 @@ class Prediction:
     step_s: Interval | None
     tokens_per_s: Interval | None
     evidence: str
+    joules_per_token: Interval | None = None
+    energy_source: str | None = None

@@ -15,11 +15,14 @@ from typing import Any, Self
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import DataError, OutputError, UsageError
 from lora_advisor.probes.machine import Machine, Stack
+from lora_advisor.probes.nvml import POWER_CAP
 
 #: Raised when a change of how things are measured makes old lines incomparable.
 FORMAT = 1
 
 OUTCOMES = ("ok", "out_of_memory", "failed", "timed_out", "interrupted")
+
+_TIMES = ("step_times_s", "device_times_s", "host_times_s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,16 @@ class ProbeResult:
         warmup_s: Time of the steps before, compilation included.
         startup_s: From the start of the process to the first step.
         tokens_per_step: Tokens of one optimizer step, padding included.
-        joules: Energy of the measured steps by NVML's counter.
+        joules: Energy of the measured steps; None where they took less than half a second, too
+            little to tell.
         power_w: Mean board power while measuring.
+        energy_source: Where these two come from: "counter" (NVML's), "sampled" (NVML's power, asked
+            for every 100 ms), or "board power" (the power limit times the time: an upper bound).
+        sm_clock_mhz: Median clock of the multiprocessors while measuring.
+        sm_clock_max_mhz: The highest that the card allows.
+        temperature_c: Highest temperature of the chip while measuring.
+        throttled: Why the clock was held down while measuring, as `nvml.throttle_reasons` says.
+        unstable: Whether the step times vary too much for their median to be trusted.
         alloc_retries: Times the allocator gave back its cache and tried again.
         attention_backend: Attention kernel that ran, from the profiler.
         trainable: Number of trained parameters.
@@ -76,6 +87,12 @@ class ProbeResult:
     tokens_per_step: int | None = None
     joules: float | None = None
     power_w: float | None = None
+    energy_source: str | None = None
+    sm_clock_mhz: int | None = None
+    sm_clock_max_mhz: int | None = None
+    temperature_c: int | None = None
+    throttled: tuple[str, ...] | None = None
+    unstable: bool | None = None
     alloc_retries: int | None = None
     attention_backend: str | None = None
     trainable: int | None = None
@@ -100,6 +117,20 @@ class ProbeResult:
             return None
         return self.joules / (self.tokens_per_step * len(self.step_times_s))
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why the time is not to be trusted, and the probe worth a repeat; empty where it is.
+
+        A clock that only the power limit holds down is the card's speed, and no doubt.
+        """
+        if self.outcome != "ok":
+            return ()
+        found = ["another process used the device"] if self.contended else []
+        if self.unstable:
+            found.append("the step times vary")
+        held = [reason for reason in self.throttled or () if reason != POWER_CAP]
+        return (*found, *(f"the clock was held down: {reason}" for reason in held))
+
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
         data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -109,8 +140,8 @@ class ProbeResult:
             stack=self.stack.to_json(),
             hf_config=dict(self.hf_config),
         )
-        for name in ("step_times_s", "device_times_s", "host_times_s"):
-            data[name] = list(data[name])
+        for name in (*_TIMES, "throttled"):
+            data[name] = None if data[name] is None else list(data[name])
         return data
 
     @classmethod
@@ -121,8 +152,12 @@ class ProbeResult:
         values["config"] = RunConfig.from_json(data["config"])
         values["machine"] = Machine.from_json(data["machine"])
         values["stack"] = Stack.from_json(data["stack"])
-        for name in ("step_times_s", "device_times_s", "host_times_s"):
+        for name in _TIMES:
             values[name] = tuple(data.get(name) or ())
+        if data.get("throttled") is not None:
+            values["throttled"] = tuple(data["throttled"])
+        if data.get("joules") is not None:
+            values.setdefault("energy_source", "counter")  # all there was before the field
         return cls(**values)
 
 

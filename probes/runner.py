@@ -26,6 +26,7 @@ from lora_advisor.probes.child import run_child, worker_command
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.exchange import Answer, Request
+from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import GIB, Machine, Stack
 from lora_advisor.probes.record import ProbeResult, append_record
 from lora_advisor.probes.rivals import Rivals, nobody_to_see, others_on_gpu
@@ -48,6 +49,7 @@ def run_probe(
     measured_steps: int = 6,
     max_seconds: float = 20.0,
     allow_contention: bool = False,
+    server: ForkServer | None = None,
 ) -> ProbeResult:
     """Run a few steps of a configuration in a child process.
 
@@ -64,6 +66,7 @@ def run_probe(
         measured_steps: Steps to measure.
         max_seconds: Stop measuring after this time, once there are three steps.
         allow_contention: Run beside another process on the GPU and mark the result.
+        server: Forks the child; without it, a process is started.
 
     Raises:
         BusyError: Another process uses the GPU, and contention is not allowed.
@@ -91,7 +94,7 @@ def run_probe(
 
     try:
         with _sigterm_raises():
-            answer = run_child(request, timeout_s, rivals)
+            answer = run_child(request, timeout_s, rivals, server)
     except (KeyboardInterrupt, SystemExit):
         finish(Answer(outcome="interrupted", detail="stopped from outside before it ended"))
         raise
@@ -158,10 +161,14 @@ def capped_bytes(vram_bytes: int, context_bytes: int, reserve_bytes: int) -> int
 
 
 @cache
-def context_bytes_of(machine: Machine) -> int | None:
+def context_bytes_of(machine: Machine, server: ForkServer | None = None) -> int | None:
     """Return what a process holds on the GPU before its first tensor; None on a CPU or unknown."""
     if machine.kind != "cuda":
         return None
+    if server is not None:
+        answer = server.ask("context")
+        if answer:
+            return int(answer)
     try:
         done = subprocess.run(
             worker_command("--context"),

@@ -10,7 +10,7 @@ from typing import Any, Self
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import UsageError
 
-OBJECTIVES = ("tokens_per_s", "joules_per_token")
+OBJECTIVES = ("tokens_per_s", "joules_per_token", "seq_len")
 
 #: Fields of RunConfig that a user may fix. The others follow from the spec or from these.
 KNOBS = tuple(
@@ -43,6 +43,7 @@ class Spec:
         gpu: Name of that card in the card table; None where it is here.
         trust_remote_code: Whether code that comes with the model may run.
         seed: Of the search.
+        free_trials: Trials of the search that are the sampler's own choice.
     """
 
     model: str
@@ -63,6 +64,7 @@ class Spec:
     gpu: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
+    free_trials: int = 20
 
     def __post_init__(self) -> None:
         """Refuse what no plan can meet."""

@@ -367,9 +367,23 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
             for block in temporaries:
                 self.release(block)
         place = (self.phase, self.layer)
-        self.work[place] = self.work.get(place, Work()) + cost.work(result)
+        self.work[place] = self.work.get(place, Work()) + self._issued(func, cost.work(result))
         self._note(result)
         return result
+
+    def _issued(self, func: Any, work: Work) -> Work:
+        """Put launches down to who issues them.
+
+        In the backward pass that is the engine, unless a checkpointed layer runs anew: its Python
+        code has gradients enabled, the engine has not.
+        """
+        import torch
+
+        from lora_advisor.probes.kernel_costs import issued
+
+        by_engine = self.phase == "backward" and not torch.is_grad_enabled()
+        name = func.name() if hasattr(func, "name") else str(func)
+        return issued(work, name, by_engine=by_engine)
 
     def allocate(self, size: int) -> tuple[int, int]:
         """Note an allocation that has no tensor and return its handle."""

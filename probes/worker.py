@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import os
 import signal
+import statistics
 import sys
 import time
 import traceback
@@ -39,18 +40,28 @@ def main(arguments: list[str]) -> int:
     """Answer a request; or print the context's bytes for `--context`."""
     if arguments == ["--context"]:
         die_with_parent(None)
-        print(_context_bytes())
+        print(context_bytes())
         return 0
     if len(arguments) != 2:
         print(
             "usage: python -m lora_advisor.probes.worker REQUEST.json ANSWER.json", file=sys.stderr
         )
         return UsageError.exit_code
-    request_file, answer_file = Path(arguments[0]), Path(arguments[1])
-    request = Request.read(request_file)
-    die_with_parent(request.parent_pid)
+    return answer_file(Path(arguments[0]), Path(arguments[1]))
+
+
+def answer_file(request_path: Path, answer_path: Path, parent_pid: int | None = None) -> int:
+    """Read a request, run it, and write the answer.
+
+    Args:
+        request_path: The request.
+        answer_path: Where the answer goes.
+        parent_pid: The process to end with, where it is not the one that wrote the request.
+    """
+    request = Request.read(request_path)
+    die_with_parent(parent_pid or request.parent_pid)
     set_environment(request)
-    answer(request, output_dir=answer_file.parent / "trainer").write(answer_file)
+    answer(request, output_dir=answer_path.parent / "trainer").write(answer_path)
     return 0
 
 
@@ -122,19 +133,43 @@ def _measure(request: Request, meters: list[Meter], output_dir: Path) -> Answer:
     model_bytes = meter.live_bytes()
     trainer.train()
     return dataclasses.replace(
-        _peaks("ok", meter.memory()),
+        _timed(_peaks("ok", meter.memory()), watch),
         model_bytes=model_bytes,
-        step_times_s=tuple(watch.step_times_s),
-        device_times_s=tuple(watch.device_times_s),
-        host_times_s=tuple(watch.host_times_s),
-        warmup_s=watch.warmup_s,
         startup_s=startup[0],
         tokens_per_step=config.tokens_per_step,
-        joules=watch.joules,
-        power_w=watch.power_w,
         attention_backend=_attention(request, watch.attention),
+        sm_clock_max_mhz=meter.sm_clock_max_mhz(),
         trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     )
+
+
+def _timed(answer: Answer, watch: Stopwatch) -> Answer:
+    """Return an answer with what the stopwatch saw of the measured steps."""
+    clocks = [c.sm_clock_mhz for c in watch.conditions if c.sm_clock_mhz is not None]
+    degrees = [c.temperature_c for c in watch.conditions if c.temperature_c is not None]
+    reasons = [c.throttled for c in watch.conditions if c.throttled is not None]
+    return dataclasses.replace(
+        answer,
+        detail=_left_out(watch),
+        step_times_s=watch.step_times_s,
+        device_times_s=watch.device_times_s,
+        host_times_s=watch.host_times_s,
+        warmup_s=watch.warmup_s,
+        joules=watch.joules,
+        power_w=watch.power_w,
+        energy_source=watch.energy_source,
+        sm_clock_mhz=round(statistics.median(clocks)) if clocks else None,
+        temperature_c=max(degrees, default=None),
+        throttled=tuple(sorted(set().union(*reasons))) if reasons else None,
+        unstable=watch.unstable,
+    )
+
+
+def _left_out(watch: Stopwatch) -> str | None:
+    if not watch.left_out:
+        return None
+    steps = watch.left_out + len(watch.counted)
+    return f"{watch.left_out} of {steps} measured steps compiled code and do not count"
 
 
 def _trainer(request: Request, model: Any, watch: Stopwatch, output_dir: Path) -> Any:
@@ -157,7 +192,7 @@ def _trainer(request: Request, model: Any, watch: Stopwatch, output_dir: Path) -
                 control.should_training_stop = True
 
     config = request.config
-    steps = request.warmup_steps + request.measured_steps
+    steps = watch.most_steps
     vocab_size = model.config.get_text_config().vocab_size
     # Packed rows hold several documents, which takes a mask.
     documents = 2 if config.packing else 1
@@ -226,7 +261,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _context_bytes() -> int | None:
+def context_bytes() -> int | None:
     """Return what a process holds on the GPU once it has multiplied two matrices."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as NVML counts
     meter = CudaMeter(None)

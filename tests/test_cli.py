@@ -128,6 +128,7 @@ def refused(ran: Ran, code: int, *words: str) -> None:
         (["fit", "--vram", "0"], 64, "`--vram` must be above 0 GiB"),
         (["fit", "--vram", "-8"], 64, "`--vram` must be above 0 GiB"),
         (["fit", "--vram", "nan"], 64, "`--vram` must be above 0 GiB"),
+        (["fit", "--packing", "--group-by-length"], 64, "`group_by_length` must be false with"),
         (["fit", "--vram", "much"], 64, "--vram"),
         (["plan", "--vram", "2", "--reserve", "3"], 64, "`--reserve`"),
         (["plan", "--reserve", "-1"], 64, "`--reserve`"),
@@ -246,6 +247,21 @@ def test_data_that_cannot_be_used_is_one_sentence(
         (tmp_path / name).write_text(text, "utf-8")
 
     refused(run("plan", "--model", whole, *QUICK, "--data", tmp_path / name), code, said)
+
+
+def test_a_plan_for_data_tells_its_lengths_and_keeps_the_order_of_rows(
+    run: Run, whole: Path, tmp_path: Path
+) -> None:
+    words = ["--data", whole / "rows.jsonl", "--group-by-length", "--out", tmp_path / "plan.json"]
+    ran = run("plan", "--model", whole, *QUICK, *words)
+    made = read_plan(tmp_path / "plan.json")
+
+    assert ran.code == 0
+    assert "tokens of a row (quantiles): 5 %" in ran.out
+    assert made.chosen.config.group_by_length
+    assert made.data is not None
+    assert sum(rows for _, rows in made.data.length_counts) == made.data.rows == 12
+    assert sum(length * rows for length, rows in made.data.length_counts) == made.data.tokens
 
 
 def test_train_refuses_what_it_cannot_use(

@@ -51,6 +51,7 @@ def test_absent_fields_take_their_defaults() -> None:
     assert config.accumulation == 1
     assert config.fp32_upcast is False
     assert config.packing is False
+    assert config.group_by_length is False
     assert config.quant_type is None
     assert config.double_quant is None
 
@@ -86,6 +87,7 @@ def test_the_json_has_exactly_the_fields_of_the_contract() -> None:
         {"lora": {**LORA, "targets": ["q_proj", "v_proj"]}},
         {"trainer": "loop", "loss": "full", "checkpointing": "every_3", "compile": "layers"},
         {"packing": True, "attention": "flash_attention_2", "allocator": "expandable_segments"},
+        {"group_by_length": True},
     ],
 )
 def test_json_goes_round(changes: dict[str, Any]) -> None:
@@ -165,6 +167,8 @@ def test_what_is_no_object_is_refused(data: object) -> None:
         ({"trainer": "transformers"}, "loss", "no fused loss of its own"),
         ({"trainer": "loop"}, "loss", "no fused loss of its own"),
         ({"trainer": "loop", "loss": "full", "packing": True}, "packing", 'only "trl" packs'),
+        ({"packing": True, "group_by_length": True}, "group_by_length", "must be false with"),
+        ({"group_by_length": 1}, "group_by_length", "true or false"),
         ({"attention": "flash_attention_2", "precision": "fp32"}, "attention", "no fp32 form"),
     ],
 )

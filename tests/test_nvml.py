@@ -25,6 +25,8 @@ from types import SimpleNamespace as Some
 class NVMLError(Exception): pass
 
 CARDS = ["GPU-aaaa-1111", "GPU-bbbb-2222"]
+NVML_SUCCESS = 0
+NVML_FI_DEV_POWER_INSTANT = 186
 NVML_CLOCK_SM = 1
 NVML_TEMPERATURE_GPU = 0
 nvmlClocksEventReasonSwPowerCap = 4
@@ -42,7 +44,12 @@ def nvmlDeviceGetCudaComputeCapability(card): return (8, 9)
 def nvmlDeviceGetMemoryInfo(card): return Some(total=8 << 30, used=1 << 30, free=7 << 30)
 def nvmlDeviceGetTotalEnergyConsumption(card): return 12500
 def nvmlDeviceGetPowerUsage(card): return 99500
+def nvmlDeviceGetEnforcedPowerLimit(card): return 115000
+def nvmlDeviceGetFieldValues(card, fields):
+    # As the driver answers: each field has a status of its own; card 1 lacks this one.
+    return [Some(nvmlReturn=3 * card, value=Some(uiVal=101500)) for field in fields]
 def nvmlDeviceGetClockInfo(card, kind): return 1980
+def nvmlDeviceGetMaxClockInfo(card, kind): return 2370
 def nvmlDeviceGetTemperature(card, sensor): raise NVMLError("not supported")
 def nvmlDeviceGetCurrentClocksEventReasons(card): return 5
 def nvmlDeviceGetComputeRunningProcesses(card):
@@ -60,7 +67,9 @@ print(json.dumps({
     "name": nvml.device_name(), "driver": nvml.driver(), "capability": nvml.capability(),
     "memory": memory and dataclasses.asdict(memory), "count": nvml.device_count(),
     "present": gpu_present(), "joules": nvml.energy_joules(), "watts": nvml.power_w(),
-    "clock": nvml.sm_clock_mhz(), "temperature": nvml.temperature_c(),
+    "instant": nvml.instant_power_w(), "limit": nvml.power_limit_w(),
+    "clock": nvml.sm_clock_mhz(), "highest": nvml.sm_clock_max_mhz(),
+    "temperature": nvml.temperature_c(),
     "throttled": nvml.throttle_reasons(), "seven": nvml.process_bytes(7),
     "eight": nvml.process_bytes(8), "nine": nvml.process_bytes(9),
     "others": others and [process.pid for process in others],
@@ -86,8 +95,8 @@ def test_without_a_visible_gpu_everything_is_unknown(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
     questions = (
         nvml.device_name, nvml.driver, nvml.capability, nvml.memory, nvml.processes,
-        nvml.energy_joules, nvml.power_w, nvml.sm_clock_mhz, nvml.temperature_c,
-        nvml.throttle_reasons,
+        nvml.energy_joules, nvml.power_w, nvml.instant_power_w, nvml.power_limit_w,
+        nvml.sm_clock_mhz, nvml.sm_clock_max_mhz, nvml.temperature_c, nvml.throttle_reasons,
     )  # fmt: skip
     assert [question() for question in questions] == [None] * len(questions)
     assert nvml.process_bytes(os.getpid()) is None
@@ -102,13 +111,17 @@ def test_answers_are_in_bytes_joules_and_watts(tmp_path: Path) -> None:
     }  # fmt: skip
     assert answers["joules"] == 12.5  # of 12,500 mJ
     assert answers["watts"] == 99.5  # of 99,500 mW
+    assert answers["instant"] == 101.5
+    assert answers["limit"] == 115.0
     assert answers["clock"] == 1980
+    assert answers["highest"] == 2370
     assert answers["capability"] == "8.9"
     assert answers["driver"] == "580.1"
 
 
 def test_a_field_the_card_lacks_is_unknown(tmp_path: Path) -> None:
-    assert ask(tmp_path, None)["temperature"] is None
+    assert ask(tmp_path, None)["temperature"] is None  # the question fails
+    assert ask(tmp_path, "1")["instant"] is None  # the question is answered, the field is not
 
 
 def test_only_reasons_that_hold_the_clock_down_are_told(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,9 @@ def result(outcome: str = "ok", detail: str | None = None) -> ProbeResult:
         host_times_s=(0.1, 0.1, 0.1),
         tokens_per_step=2048,
         joules=153.6,
+        energy_source="sampled",
+        throttled=("power cap",),
+        unstable=False,
         contended=False,
         started_at="2026-11-23T20:29:33+00:00",
     )
@@ -126,6 +130,32 @@ def test_fields_of_a_newer_version_are_dropped(tmp_path: Path) -> None:
     assert read_records(path) == [result()]
 
 
+def test_energy_of_an_older_version_came_from_the_counter() -> None:
+    data = result().to_json()
+    for name in ("energy_source", "throttled", "unstable"):
+        del data[name]
+    old = ProbeResult.from_json(data)
+    assert (old.energy_source, old.throttled, old.unstable) == ("counter", None, None)
+    assert old.doubts == ()
+    assert ProbeResult.from_json({**data, "joules": None}).energy_source is None
+
+
+@pytest.mark.parametrize(
+    ("seen", "doubts"),
+    [
+        ({}, ()),  # held down by the power limit alone, as the result is
+        ({"throttled": ()}, ()),
+        ({"throttled": None, "unstable": None, "contended": None}, ()),  # unknown is no doubt
+        ({"contended": True}, ("another process used the device",)),
+        ({"unstable": True}, ("the step times vary",)),
+        ({"throttled": ("power cap", "temperature")}, ("the clock was held down: temperature",)),
+        ({"unstable": True, "outcome": "out_of_memory"}, ()),  # there is no time to doubt
+    ],
+)
+def test_a_time_is_doubted_for_a_reason(seen: dict[str, Any], doubts: tuple[str, ...]) -> None:
+    assert dataclasses.replace(result(), **seen).doubts == doubts
+
+
 def test_another_machine_or_stack_is_another_place() -> None:
     assert same_place(result(), MACHINE, STACK)
     assert not same_place(result(), dataclasses.replace(MACHINE, driver="580.1"), STACK)
@@ -138,7 +168,13 @@ def test_an_answer_has_only_fields_of_a_result(tmp_path: Path) -> None:
 
 
 def test_an_answer_comes_back_from_its_file_as_it_went(tmp_path: Path) -> None:
-    answer = Answer(outcome="ok", step_times_s=(0.5, 0.25), trainable=8192, power_w=300.5)
+    answer = Answer(
+        outcome="ok",
+        step_times_s=(0.5, 0.25),
+        trainable=8192,
+        power_w=300.5,
+        throttled=("temperature",),
+    )
     answer.write(tmp_path / "answer.json")
     assert Answer.read(tmp_path / "answer.json") == answer
     assert Answer.read(tmp_path / "no answer.json") is None

@@ -24,11 +24,11 @@ from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import BusyError, UsageError
 from lora_advisor.probes.exchange import Answer, Request
 from lora_advisor.probes.machine import cpu_machine, detect_machine, detect_stack, gpu_present
-from lora_advisor.probes.meter import CpuMeter, attention_of
+from lora_advisor.probes.meter import attention_of
 from lora_advisor.probes.record import ProbeResult, read_records
 from lora_advisor.probes.rivals import Rivals
 from lora_advisor.probes.runner import capped_bytes, context_bytes_of, run_probe
-from lora_advisor.probes.stopwatch import Stopwatch
+from lora_advisor.probes.stopwatch import PATIENCE
 from lora_advisor.probes.worker import first_line, is_out_of_memory
 
 GIB = 2**30
@@ -105,7 +105,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[ProbeResult, Pat
 def test_a_probe_that_ends_well_has_timed_its_steps(finished: tuple[ProbeResult, Path]) -> None:
     result, _ = finished
     assert (result.outcome, result.detail) == ("ok", None)
-    assert len(result.step_times_s) == 6
+    assert 6 <= len(result.step_times_s) <= PATIENCE * 6  # more where they vary
+    assert result.unstable is not None
     assert all(
         0 < host <= wall
         for host, wall in zip(result.host_times_s, result.step_times_s, strict=True)
@@ -123,7 +124,8 @@ def test_a_probe_on_a_cpu_says_what_a_cpu_can_say(finished: tuple[ProbeResult, P
     assert result.attention_backend == "cpu_sdpa"
     assert result.device_times_s == ()
     assert (result.allocated_bytes, result.reserved_bytes, result.context_bytes) == (None,) * 3
-    assert (result.joules, result.power_w, result.contended) == (None,) * 3
+    assert (result.joules, result.power_w, result.energy_source) == (None,) * 3
+    assert (result.sm_clock_mhz, result.throttled, result.contended) == (None,) * 3
 
 
 def test_the_peak_is_the_childs_own_and_not_its_parents(
@@ -283,50 +285,6 @@ def test_the_attention_kernel_is_read_from_the_operations(
     assert attention_of(operations) == kernel
 
 
-class TickingMeter(CpuMeter):
-    """A device whose marks are one second apart and whose counter gains 10 J at each look."""
-
-    def __init__(self) -> None:
-        self.marks = 0
-        self.looks = 0
-
-    def mark(self) -> int:  # type: ignore[override]
-        self.marks += 1
-        return self.marks
-
-    def between_s(self, start: int, end: int) -> float:  # type: ignore[override]
-        return float(end - start)
-
-    def joules(self) -> float:  # type: ignore[override]
-        self.looks += 1
-        return 10.0 * self.looks
-
-
-def run_watch(watch: Stopwatch, most: int = 20) -> int:
-    """Step until the watch has enough; return the number of steps."""
-    for step in range(1, most + 1):
-        watch.step_begins()
-        if watch.step_ends():
-            return step
-    return most
-
-
-def test_warm_up_is_not_among_the_measured_steps() -> None:
-    meter = TickingMeter()
-    watch = Stopwatch(meter, warmup_steps=2, measured_steps=4, max_seconds=100.0)
-    assert run_watch(watch) == 6
-    assert len(watch.step_times_s) == len(watch.host_times_s) == 4
-    assert watch.device_times_s == [1.0] * 4
-    assert watch.joules == 10.0
-    assert meter.looks == 2
-    assert watch.warmup_s is not None
-
-
-def test_measuring_stops_for_time_after_three_steps() -> None:
-    watch = Stopwatch(TickingMeter(), warmup_steps=2, measured_steps=9, max_seconds=0.0)
-    assert run_watch(watch) == 2 + 3
-
-
 def test_a_rival_on_the_gpu_is_refused_or_marked() -> None:
     with pytest.raises(BusyError, match="must be free while a probe is timed, but process 7, 12"):
         Rivals(lambda: {12, 7}, allowed=False)
@@ -388,7 +346,10 @@ def test_a_probe_on_a_gpu_stays_under_its_cap(tmp_path: Path) -> None:
     assert result.allocated_bytes is not None
     assert result.reserved_bytes is not None
     assert 0 < result.allocated_bytes <= result.reserved_bytes <= cap
-    assert len(result.device_times_s) == len(result.step_times_s) == 6
+    assert len(result.device_times_s) == len(result.step_times_s) >= 6
+    assert result.energy_source is not None
+    assert result.sm_clock_mhz is not None
+    assert result.throttled is not None
     assert result.attention_backend in ("flash", "cudnn", "efficient", "math")
     too_small = run_probe(
         RunConfig.from_json({**CONFIG, "precision": "bf16", "micro_batch": 64, "seq_len": 256}),

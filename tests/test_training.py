@@ -296,6 +296,49 @@ def test_a_killed_training_goes_on_to_the_same_weights(
     assert result.steps == unbroken.steps
 
 
+def test_a_broken_training_with_rows_grouped_by_length_goes_on_to_the_same_weights(
+    tmp_path: Path, tiny: Path
+) -> None:
+    config, data = config_of(tiny, group_by_length=True), tiny / "rows.jsonl"
+
+    def broken(progress: Progress) -> None:
+        if progress.step == 12:
+            raise KeyboardInterrupt
+
+    settings = {"save_steps": 5, "max_steps": 12}
+    unbroken = run(config, data, tmp_path / "unbroken", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, data, tmp_path / "broken", progress=broken, **settings)
+    result = run(config, data, tmp_path / "broken", **settings)
+
+    # A pass has 9 steps, so this is within the second one.
+    assert result.resumed_from_step == 10
+    assert weights(result.adapter) == weights(unbroken.adapter)
+    assert result.eval_loss_after == unbroken.eval_loss_after
+
+
+def test_a_training_computes_the_tokens_that_were_counted_before_it(
+    tmp_path: Path, tiny: Path
+) -> None:
+    from lora_advisor.advisor.lengths import epoch_of
+    from lora_advisor.probes.batching import BATCHINGS, with_batching
+    from lora_advisor.probes.dataset import read_examples
+    from lora_advisor.probes.tokens import load_tokenizer, tokenize
+
+    tokenizer = load_tokenizer(resolve_architecture(str(tiny)))
+    rows = tokenize(read_examples(tiny / "rows.jsonl"), tokenizer, 96).rows
+    lengths = [len(row["input_ids"]) for row in rows]
+    for name in BATCHINGS:
+        config = with_batching(config_of(tiny, trainer="trl", loss="fused"), name)
+        result = run(config, tiny / "rows.jsonl", tmp_path / name, max_steps=None, holdout=0.0)
+        epoch = epoch_of(lengths, name, seq_len=96, micro_batch=2, accumulation=2)
+        measured = result.measured
+        assert result.steps == epoch.optimizer_steps
+        assert measured.tokens_per_s is not None and measured.padded_tokens_per_s is not None
+        padding = 1 - measured.tokens_per_s / measured.padded_tokens_per_s
+        assert padding == pytest.approx(epoch.padding_share, abs=0.02)
+
+
 def test_a_training_killed_after_its_last_checkpoint_only_ends(
     tmp_path: Path, tiny: Path, unbroken: TrainingResult
 ) -> None:

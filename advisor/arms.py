@@ -1,0 +1,46 @@
+"""What a configuration is called, and which others it stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_advisor.probes.config import RunConfig
+
+
+def short_form(config: RunConfig) -> RunConfig:
+    """Return the configuration with at most two micro-batches a step.
+
+    Its memory is that of any larger number: what is alive beside a micro-batch are the gradients,
+    from the second on.
+    """
+    return config.replace(accumulation=min(2, config.accumulation))
+
+
+def arm_of(config: RunConfig) -> tuple[Any, ...]:
+    """Return what decides how fast a configuration is beside its size."""
+    return (config.method, config.kernels, config.compile, config.checkpointing, config.precision)
+
+
+def describe(config: RunConfig) -> str:
+    """Return a configuration in a few words."""
+    parts = [
+        config.method,
+        config.precision,
+        f"{config.micro_batch} x {config.seq_len} x {config.accumulation}",
+        {"off": "no checkpointing", "full": "checkpointing"}.get(
+            config.checkpointing, f"checkpointing {config.checkpointing}"
+        ),
+    ]
+    if config.kernels != "none":
+        parts.append(config.kernels)
+    if config.compile != "off":
+        parts.append(f"compiled {config.compile}")
+    if config.optimizer != "adamw_torch_fused":
+        parts.append(config.optimizer)
+    if config.allocator != "default":
+        parts.append("expandable segments")
+    if config.trainer != "trl":
+        parts.append(config.trainer)
+    if config.fp32_upcast:
+        parts.append("fp32 upcast")
+    return ", ".join(parts)

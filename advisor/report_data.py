@@ -1,0 +1,96 @@
+"""What the user's data comes to, as text for people: lengths of its rows, and batchings."""
+
+from __future__ import annotations
+
+from tabulate import tabulate
+
+from lora_advisor.advisor.report import duration, interval_text
+from lora_advisor.probes.batching import Batching, batching_of
+from lora_advisor.probes.plan import DataSummary, Plan
+from lora_advisor.probes.prediction import Interval
+
+#: Shares of the rows whose length is told.
+_SHARES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+#: Bars of the chart, and characters of the longest.
+_BARS, _WIDTH = 8, 40
+#: What the user gives for each batching.
+_OPTIONS = {"random": "", "grouped": " (--group-by-length)", "packed": " (--packing)"}
+
+
+def lengths_text(data: DataSummary) -> str:
+    """Write how long the rows are: quantiles, what is cut, and a chart."""
+    told = ", ".join(
+        f"{100 * share:g} % {length:,}"
+        for share, length in zip(_SHARES, _quantiles(data), strict=True)
+    )
+    share = data.truncated / data.rows
+    cut = f"{100 * share:.2g} % of the rows are cut" if data.truncated else "no row is cut"
+    chart = tabulate(
+        _bars(data),
+        headers=["tokens", "rows", ""],
+        tablefmt="plain",
+        colalign=("right", "right", "left"),
+        disable_numparse=True,
+    )
+    longest = data.length_counts[-1][0]
+    return f"tokens of a row (quantiles): {told}, longest {longest:,}; {cut}\n{chart}"
+
+
+def _quantiles(data: DataSummary) -> list[int]:
+    """Return the smallest length that covers each of the shares."""
+    found: list[int] = []
+    seen = 0
+    for length, rows in data.length_counts:
+        seen += rows
+        while len(found) < len(_SHARES) and seen >= _SHARES[len(found)] * data.rows:
+            found.append(length)
+    return found
+
+
+def _bars(data: DataSummary) -> list[tuple[str, str, str]]:
+    """Return a line of the chart for each range of lengths."""
+    width = -(-data.length_counts[-1][0] // _BARS)
+    rows = [0] * -(-data.length_counts[-1][0] // width)
+    for length, count in data.length_counts:
+        rows[(length - 1) // width] += count
+    return [
+        (
+            f"{index * width + 1:,} to {(index + 1) * width:,}",
+            f"{count:,}",
+            "#" * -(-_WIDTH * count // max(rows)),  # whatever there is shows
+        )
+        for index, count in enumerate(rows)
+    ]
+
+
+def data_text(plan: Plan) -> str | None:
+    """Write what the data comes to under the plan; None for a plan without lengths."""
+    if plan.data is None or not plan.data.length_counts:
+        return None
+    parts = [lengths_text(plan.data)]
+    if plan.batchings:
+        chosen = batching_of(plan.chosen.config)
+        rows = [_row(batching, chosen) for batching in plan.batchings]
+        headers = ["batches", "tokens/s without padding", "padding", "steps", "one epoch"]
+        parts.append(tabulate(rows, headers=headers, disable_numparse=True))
+        if plan.batchings[-1].name == "packed":
+            parts.append("a packed sequence holds several rows, so its steps are fewer and larger")
+    return "\n\n".join(parts)
+
+
+def _row(batching: Batching, chosen: str) -> list[str]:
+    planned = " (planned)" if batching.name == chosen else _OPTIONS[batching.name]
+    return [
+        batching.name + planned,
+        interval_text(batching.tokens_per_s),
+        f"{100 * batching.padding_share:.1f} %",
+        f"{batching.optimizer_steps:,}",
+        _time(batching.seconds),
+    ]
+
+
+def _time(seconds: Interval | None) -> str:
+    if seconds is None:
+        return "unknown"
+    low, high = duration(seconds.low), duration(seconds.high)
+    return f"{duration(seconds.value)} ({low} to {high})"
