@@ -127,15 +127,29 @@ group.add_command(bench)
 @click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the data.")
 @click.option(
     "--budget",
-    default="300s",
+    default="120s",
     show_default=True,
-    help="Time the probes may take, such as 120s or 5m.",
+    help="Time the probes may take, such as 90s or 5m.",
 )
 @click.option(
     "--objective",
     default="tokens_per_s",
     show_default=True,
-    help="tokens_per_s or joules_per_token (where it is measured).",
+    help="tokens_per_s, joules_per_token, or seq_len: the longest sequence, from --seq up.",
+)
+@click.option("--front", is_flag=True, help="Show longer sequences too, against speed and energy.")
+@click.option(
+    "--trials",
+    type=int,
+    default=20,
+    show_default=True,
+    help="Trials of the search that are its sampler's own choice, after those planned.",
+)
+@click.option(
+    "--study",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="SQLite file for the search's study, for optuna-dashboard (default: in the cache).",
 )
 @click.option(
     "--out", type=click.Path(path_type=Path), default=None, help="Write the plan to this file."
@@ -155,10 +169,13 @@ def plan(**options: Any) -> int:  # fmt: skip
     Examples:
       lora-advisor plan --vram 8                        # the card found here, else an RTX 4060
       lora-advisor plan --gpu rtx-3060-12gb --seq 2048
+      lora-advisor plan --seq 2048 --precision fp16 --optimizer paged_adamw_8bit --budget 90s
       lora-advisor plan --model ./my-model --data chat.jsonl --vram 8 --out plan.json
     """
+    from lora_advisor.advisor.asking import study_file
     from lora_advisor.advisor.planning import make_plan
     from lora_advisor.advisor.report import plan_text
+    from lora_advisor.probes.machine import detect_stack
     from lora_advisor.probes.plan import plain_json, write_plan
     from lora_advisor.probes.record import check_writable
 
@@ -166,8 +183,17 @@ def plan(**options: Any) -> int:  # fmt: skip
         check_writable(options["out"])  # before the probes, whose result it is to hold
     spec, data = spec_of(options)
     record = options["record"] or cache_dir() / "probes.jsonl"
+    machine, _ = machine_of({**options, "device": spec.device})
+    study = options["study"] or study_file(machine, detect_stack())
     made = make_plan(
-        spec, record=record, data=data, say=_say, fresh=options["fresh"], cache=trace_cache()
+        spec,
+        record=record,
+        data=data,
+        say=_say,
+        fresh=options["fresh"],
+        cache=trace_cache(),
+        study_file=study,
+        own_record=options["record"] is not None,
     )
     if options["out"] is not None:
         write_plan(options["out"], made)

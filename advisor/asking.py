@@ -5,6 +5,7 @@ Nothing here imports torch: `--help` and a mistyped option are answered at once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,7 +21,14 @@ from lora_advisor.probes.errors import (
     UnavailableError,
     UsageError,
 )
-from lora_advisor.probes.machine import GIB, Machine, detect_machine, detect_stack, gpu_present
+from lora_advisor.probes.machine import (
+    GIB,
+    Machine,
+    Stack,
+    detect_machine,
+    detect_stack,
+    gpu_present,
+)
 from lora_advisor.probes.plan import DataSummary, Plan
 from lora_advisor.probes.spec import Spec
 
@@ -49,6 +57,13 @@ def cache_dir() -> Path:
 def trace_cache() -> Path:
     """Return the file that keeps what traces came to."""
     return cache_dir() / "traces.sqlite3"
+
+
+def study_file(machine: Machine, stack: Stack) -> Path:
+    """Return the file of this user's studies on a machine with a stack."""
+    place = json.dumps([machine.to_json(), stack.to_json()], sort_keys=True)
+    digest = hashlib.sha256(place.encode()).hexdigest()[:8]
+    return cache_dir() / f"studies-{digest}.sqlite3"
 
 
 def check_device(device: str) -> str:
@@ -163,6 +178,8 @@ def spec_of(options: dict[str, Any]) -> tuple[Spec, DataSummary | None]:
         gpu=None if device != "none" or card is None else card.key,
         trust_remote_code=options["trust_remote_code"],
         seed=options["seed"],
+        free_trials=options["trials"],
+        longer=options["front"],
     )
     return spec, data
 

@@ -8,24 +8,25 @@ and said to be.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lora_advisor.advisor.arms import arm_of, describe, short_form
+from lora_advisor.advisor.arms import short_form
+from lora_advisor.advisor.conclusion import conclude, nothing_fits
+from lora_advisor.advisor.front import front
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.probing import check_budget, probe_loop, prove, with_results
-from lora_advisor.advisor.search import rank, search
+from lora_advisor.advisor.search import search
 from lora_advisor.advisor.session import Probe, Say, Session, prober, reuse, run
 from lora_advisor.advisor.space import baseline_config, build_space
-from lora_advisor.advisor.study_file import write_study
+from lora_advisor.advisor.study_file import check_study_file, write_study
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
 from lora_advisor.probes.cards import Card, card_of, find_card
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import AdvisorError
 from lora_advisor.probes.forkserver import ForkServer
-from lora_advisor.probes.machine import GIB, detect_machine, detect_stack
+from lora_advisor.probes.machine import detect_machine, detect_stack
 from lora_advisor.probes.plan import Candidate, DataSummary, Plan
 from lora_advisor.probes.record import check_writable
 from lora_advisor.probes.runner import capped_bytes, context_bytes_of
@@ -33,8 +34,6 @@ from lora_advisor.probes.spec import Spec
 
 if TYPE_CHECKING:
     import optuna
-
-_RUNNERS_UP = 5
 
 
 class NothingFitsError(AdvisorError):
@@ -53,6 +52,7 @@ def make_plan(
     probe: Probe | None = None,
     cache: Path | None = None,
     study_file: Path | None = None,
+    own_record: bool = False,
 ) -> Plan:
     """Return the plan for a spec.
 
@@ -65,6 +65,7 @@ def make_plan(
         probe: Runs a probe; by default a child process on the spec's device.
         cache: File that keeps what traces came to; None to keep nothing.
         study_file: SQLite file that the search's study is added to; None to keep none.
+        own_record: Whether the user named the record: then one of elsewhere is refused.
 
     Raises:
         NothingFitsError: No configuration fits.
@@ -78,11 +79,13 @@ def make_plan(
     session = _open(spec, architecture, say, cache, server)
     session.predictor.store.server = server
     try:
+        if study_file is not None:
+            check_study_file(study_file, session.machine, session.stack)
         if spec.device != "none":
             check_writable(record)
             session.probe = probe or prober(session, record, server)
             if not fresh:
-                reuse(session, record)
+                reuse(session, record, strict=own_record)
         plan, study = _plan(session, data)
     finally:
         session.predictor.store.close()
@@ -134,6 +137,7 @@ def _plan(session: Session, data: DataSummary | None) -> tuple[Plan, optuna.Stud
     )
     session.trials = found.trials
     configs = [candidate.config for candidate in found.feasible]
+    longer = _longer(session) if session.spec.longer else ()
     baseline = _baseline(session)
     if session.probe is not None:
         if baseline is not None and _is_as_fixed(session, baseline.config):
@@ -144,8 +148,18 @@ def _plan(session: Session, data: DataSummary | None) -> tuple[Plan, optuna.Stud
         safe = [c for c in found.feasible if c.prediction.verdict == "fits"]
         chosen = safe[0] if safe else None
     if chosen is None:
-        raise NothingFitsError(_nothing_fits(session, found.infeasible, configs))
-    return _finish(session, chosen, baseline, configs, found.infeasible, data), found.study
+        raise NothingFitsError(nothing_fits(session, found.infeasible, configs))
+    plan = conclude(session, chosen, baseline, configs, found.infeasible, data)
+    plan = dataclasses.replace(plan, front=front([*plan.front, *longer]))
+    return plan, found.study
+
+
+def _longer(session: Session) -> tuple[Candidate, ...]:
+    """Return what fits with longer sequences, a micro-batch of one."""
+    spec = dataclasses.replace(session.spec, objective="seq_len")
+    space = build_space(spec, session.machine, session.stack, session.card)
+    found = search(space, session.predictor, objective="seq_len", seed=spec.seed, free_trials=0)
+    return tuple(c for c in found.feasible if c.prediction.verdict == "fits")
 
 
 def _is_as_fixed(session: Session, config: RunConfig) -> bool:
@@ -161,110 +175,3 @@ def _baseline(session: Session) -> Candidate | None:
         check_budget(session, config)
         run(session, short_form(config), "baseline")
     return with_results(session, [session.predictor.candidate(config)])[0]
-
-
-def _nothing_fits(
-    session: Session, infeasible: Sequence[Candidate], configs: Sequence[RunConfig]
-) -> str:
-    limit = session.spec.vram_bytes / GIB
-    everything = list(infeasible) + [session.predictor.candidate(c) for c in configs]
-    everything.sort(key=lambda c: c.prediction.memory.process_upper_bytes)
-    least = everything[0]
-    memory = least.prediction.memory
-    return (
-        f"nothing fits {limit:g} GiB: the smallest configuration ({describe(least.config)}) needs "
-        f"{memory.process_bytes / GIB:.2f} GiB, at most {memory.process_upper_bytes / GIB:.2f}; "
-        "take a smaller model, a shorter --seq, or more --vram."
-    )
-
-
-def _finish(
-    session: Session,
-    chosen: Candidate,
-    baseline: Candidate | None,
-    configs: Sequence[RunConfig],
-    infeasible: Sequence[Candidate],
-    data: DataSummary | None,
-) -> Plan:
-    others = [session.predictor.candidate(c) for c in configs if c != chosen.config]
-    runners: list[Candidate] = []
-    lost: list[Candidate] = []
-    for candidate in rank(with_results(session, others), session.spec.objective):
-        reason = _reason(session, candidate, chosen)
-        group = lost if _cannot_run(session, candidate) else runners
-        group.append(_because(candidate, reason))
-    near = sorted(
-        (_because(c, _reason(session, c, chosen)) for c in infeasible),
-        key=lambda c: c.tokens_per_s or 0.0,
-        reverse=True,
-    )
-    return Plan(
-        spec=session.spec,
-        machine=session.machine,
-        stack=session.stack,
-        architecture=session.architecture,
-        chosen=chosen,
-        baseline=baseline,
-        runners_up=tuple(_one_each(runners)[:_RUNNERS_UP]),
-        rejected=tuple((_one_each(lost) + _one_each(near))[:_RUNNERS_UP]),
-        excluded=session.space.excluded,
-        cap_bytes=session.cap_bytes,
-        context_bytes=session.predictor.memory.context.value_bytes,
-        probes=session.probes,
-        reused=session.reused,
-        probing_s=session.probing_s,
-        wall_s=time.monotonic() - session.started,
-        trials=session.trials,
-        data=data,
-    )
-
-
-def _because(candidate: Candidate, reason: str) -> Candidate:
-    return Candidate(
-        config=candidate.config,
-        prediction=candidate.prediction,
-        measured=candidate.measured,
-        reason=reason,
-    )
-
-
-def _one_each(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Keep the first candidate of each arm: a list of one arm's micro-batches tells little."""
-    seen: set[tuple[Any, ...]] = set()
-    kept = []
-    for candidate in candidates:
-        arm = arm_of(candidate.config)
-        if arm not in seen:
-            seen.add(arm)
-            kept.append(candidate)
-    return kept
-
-
-def _cannot_run(session: Session, candidate: Candidate) -> bool:
-    if candidate.measured is not None:
-        return candidate.measured.outcome != "ok"
-    if session.probe is None:
-        return candidate.prediction.verdict != "fits"
-    return candidate.prediction.verdict == "does not fit"
-
-
-def _reason(session: Session, candidate: Candidate, chosen: Candidate) -> str:
-    """Say why a candidate lost."""
-    memory = candidate.prediction.memory
-    limit = session.predictor.limit_bytes / GIB
-    if candidate.measured is not None and candidate.measured.outcome != "ok":
-        return f"ran: {candidate.measured.outcome.replace('_', ' ')}"
-    if candidate.prediction.verdict == "does not fit" and candidate.measured is None:
-        least = (memory.needed_bytes + session.predictor.memory.context.value_bytes) / GIB
-        return f"needs {least:.2f} GiB of {limit:.2f}"
-    if session.probe is None and candidate.prediction.verdict == "uncertain":
-        return f"may need up to {memory.process_upper_bytes / GIB:.2f} GiB of {limit:.2f}"
-    mine, best = candidate.tokens_per_s, chosen.tokens_per_s
-    if mine is None or best is None:
-        return "fewer tokens in a micro-batch"
-    kind = "measured" if candidate.evidence == "proved" else candidate.evidence
-    return (
-        f"{100 * (1 - mine / best):.0f} % slower ({kind})"
-        if mine < best * 0.995
-        else f"as fast ({kind})"
-    )

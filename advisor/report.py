@@ -14,6 +14,7 @@ from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.machine import GIB
 from lora_advisor.probes.plan import Candidate, Plan
 from lora_advisor.probes.prediction import Interval
+from lora_advisor.probes.record import ProbeResult
 
 #: How each kind of evidence is said.
 KNOWN = {
@@ -71,12 +72,34 @@ def plan_text(plan: Plan) -> str:
         lines += ["", told]
     lines += ["", _against_baseline(plan), ""]
     lines.append(_candidates("runners-up", plan.runners_up))
+    if len(plan.front) > 1:
+        lines += ["", _front(plan)]
     if plan.rejected:
         lines += ["", _candidates("cannot run", plan.rejected)]
     if plan.excluded:
         lines += ["", "left out: " + "; ".join(f"{what} ({why})" for what, why in plan.excluded)]
     lines += ["", _effort(plan)]
     return "\n".join(line for line in lines if line is not None)
+
+
+def _front(plan: Plan) -> str:
+    """Write the configurations of which none is better in everything."""
+    from lora_advisor.advisor.arms import describe
+
+    rows = []
+    for candidate in plan.front:
+        energy = candidate.joules_per_token
+        rows.append(
+            [
+                describe(candidate.config),
+                f"{candidate.tokens_per_s or 0:,.0f}",
+                "unknown" if energy is None else f"{energy:.3g}",
+                f"{candidate.config.seq_len:,}",
+                candidate.evidence,
+            ]
+        )
+    header = ["none better in everything", "tokens/s", "J/token", "sequence", "known how"]
+    return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
 
 
 def _headline(plan: Plan) -> str:
@@ -115,6 +138,25 @@ def _config_rows(config: RunConfig) -> list[tuple[str, str]]:
     return rows
 
 
+def _energy(candidate: Candidate) -> str:
+    """Write a predicted energy with how it is known."""
+    energy = candidate.prediction.joules_per_token
+    if energy is None:
+        return "unknown"
+    text = f"{energy.value:.3g} ({energy.low:.2g} to {energy.high:.2g})"
+    limit = candidate.prediction.energy_source == "board power"
+    return text + (", board power: its limit times the time" if limit else "")
+
+
+def _joules(ran: ProbeResult | None) -> str:
+    if ran is None:
+        return "not measured"
+    if ran.joules_per_token is None:
+        return "unknown"
+    source = "" if ran.energy_source == "counter" else f" ({ran.energy_source})"
+    return f"{ran.joules_per_token:.3g}{source}"
+
+
 def _figures(plan: Plan) -> str:
     chosen, memory = plan.chosen, plan.chosen.prediction.memory
     header = ["", "predicted", "measured"]
@@ -133,8 +175,7 @@ def _figures(plan: Plan) -> str:
             _size(ran.process_bytes if ran else None),
         ],
     ]
-    if ran is not None and ran.joules_per_token is not None:
-        rows.append(["joules/token", "unknown", f"{ran.joules_per_token:.4f}"])
+    rows.append(["joules/token", _energy(chosen), _joules(ran)])
     return tabulate(rows, headers=header, tablefmt="simple", disable_numparse=True)
 
 

@@ -16,10 +16,10 @@ from lora_advisor.probes import nvml
 from lora_advisor.probes.architectures import Architecture, with_layers
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.errors import BusyError, UnavailableError
+from lora_advisor.probes.errors import BusyError, StackError, UnavailableError
 from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import GIB, Machine, Stack
-from lora_advisor.probes.record import ProbeResult, read_records, same_place
+from lora_advisor.probes.record import ProbeResult, difference, read_records, same_place
 from lora_advisor.probes.runner import run_probe
 from lora_advisor.probes.spec import Spec
 
@@ -79,11 +79,22 @@ def prober(session: Session, record: Path, server: ForkServer | None) -> Probe:
     return probe
 
 
-def reuse(session: Session, record: Path) -> None:
-    """Take up what was measured before on this machine, stack and architecture."""
+def reuse(session: Session, record: Path, *, strict: bool = False) -> None:
+    """Take up what was measured before on this machine, stack and architecture.
+
+    Raises:
+        StackError: All of it is of another machine or stack, and `strict`.
+    """
     useful: list[ProbeResult] = []
-    for result in read_records(record):
-        if not same_place(result, session.machine, session.stack) or result.doubts:
+    results = read_records(record)
+    if strict and results and not any(_is_from_here(session, r) for r in results):
+        there = difference(results[-1], session.machine, session.stack)
+        raise StackError(
+            f"`{record}` holds probes of another machine or stack ({there}); name another record, "
+            "or give --fresh to measure anew."
+        )
+    for result in results:
+        if not _is_from_here(session, result) or result.doubts:
             continue
         if result.architecture != session.architecture.fingerprint:
             continue
@@ -94,6 +105,10 @@ def reuse(session: Session, record: Path) -> None:
         session.say(f"{len(useful)} earlier probes of this machine and stack taken up")
         session.reused = len(useful)
         session.predictor = session.predictor.learn(useful)
+
+
+def _is_from_here(session: Session, result: ProbeResult) -> bool:
+    return same_place(result, session.machine, session.stack)
 
 
 def _as_fit(session: Session, result: ProbeResult) -> ProbeResult:

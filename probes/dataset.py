@@ -254,19 +254,21 @@ def _kind(value: object) -> str:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads rows to the longest of the batch.
+    """Pads rows to the longest of the batch, or on to the next multiple.
 
     A batch of full rows gets no attention mask, as a user's collator of fixed-length blocks does:
     the mask would switch attention to a slower, larger path.
     """
 
     pad_token_id: int
+    multiple: int = 1
 
     def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
         """Return {"input_ids", "labels"[, "attention_mask"]}, each of shape (rows, longest)."""
         import torch
 
         longest = max(len(row["input_ids"]) for row in rows)
+        longest = -(-longest // self.multiple) * self.multiple
         ids = torch.full((len(rows), longest), self.pad_token_id, dtype=torch.long)
         labels = torch.full((len(rows), longest), -100, dtype=torch.long)
         mask = torch.zeros((len(rows), longest), dtype=torch.long)

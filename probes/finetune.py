@@ -184,6 +184,7 @@ def _trl_trainer(
             max_length=config.seq_len,
             packing=config.packing,
             eval_packing=False,
+            pad_to_multiple_of=_padding(config),
             # Rows are tokenised, labelled and cut; only packing is left to do.
             dataset_kwargs={"skip_prepare_dataset": not config.packing},
         ),
@@ -221,10 +222,22 @@ def _plain_trainer(
         args=TrainingArguments(**arguments),
         train_dataset=_dataset(rows),
         eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
-        data_collator=Collator(pad_token_id=int(tokenizer.pad_token_id or 0)),
+        data_collator=Collator(
+            pad_token_id=int(tokenizer.pad_token_id or 0), multiple=_padding(config) or 1
+        ),
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+
+
+def _padding(config: RunConfig) -> int | None:
+    """Return what lengths are padded to a multiple of; None for the longest row of a batch.
+
+    Compiled code is for one shape: at the eighth length dynamo gives up and the layers run eagerly
+    (torch._dynamo.config.recompile_limit), so every batch is padded to the full length.
+    """
+    compiled = config.compile != "off" and not config.packing
+    return config.seq_len if compiled else None
 
 
 def _loop_trainer() -> type[Trainer]:

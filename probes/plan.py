@@ -117,6 +117,7 @@ class Plan:
         wall_s: Seconds the plan took.
         trials: Configurations the search looked at.
         data: What the data asks for; None without data.
+        front: Configurations of which none is better in speed, energy and sequence length.
         batchings: What one pass over the data costs under each way to make micro-batches that the
             trainer knows, the chosen one among them; empty where that was not asked.
     """
@@ -138,6 +139,7 @@ class Plan:
     wall_s: float
     trials: int
     data: DataSummary | None = None
+    front: tuple[Candidate, ...] = ()
     batchings: tuple[Batching, ...] = ()
 
     @property
@@ -177,6 +179,7 @@ class Plan:
             baseline=None if data["baseline"] is None else _candidate(data["baseline"]),
             runners_up=tuple(_candidate(item) for item in data["runners_up"]),
             rejected=tuple(_candidate(item) for item in data["rejected"]),
+            front=tuple(_candidate(item) for item in data.get("front", ())),
             excluded=tuple((what, why) for what, why in data["excluded"]),
             data=None if data.get("data") is None else DataSummary.from_json(data["data"]),
             batchings=tuple(Batching.from_json(item) for item in data.get("batchings") or ()),

@@ -264,3 +264,17 @@ def _ends_torn(path: Path) -> bool:
 def same_place(result: ProbeResult, machine: Machine, stack: Stack) -> bool:
     """Whether a result may be used together with what is measured here and now."""
     return result.machine == machine and result.stack == stack
+
+
+def difference(result: ProbeResult, machine: Machine, stack: Stack) -> str:
+    """Say in what the place of a result differs from another, for people."""
+    pairs = (
+        (result.machine.to_json(), machine.to_json()),
+        (result.stack.to_json(), stack.to_json()),
+    )
+    return "; ".join(
+        f"{name} {there.get(name)} there, {value} here"
+        for there, here in pairs
+        for name, value in here.items()
+        if there.get(name) != value
+    )

@@ -44,6 +44,7 @@ class Spec:
         trust_remote_code: Whether code that comes with the model may run.
         seed: Of the search.
         free_trials: Trials of the search that are the sampler's own choice.
+        longer: Whether longer sequences are looked at too, for the front.
     """
 
     model: str
@@ -65,6 +66,7 @@ class Spec:
     trust_remote_code: bool = False
     seed: int = 0
     free_trials: int = 20
+    longer: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what no plan can meet."""

@@ -1,0 +1,164 @@
+"""From a finished search and its probes to the `Plan`: the winner, and why the others lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lora_advisor.advisor.arms import arm_of, describe
+from lora_advisor.advisor.epochs import WorkByLength, data_report
+from lora_advisor.advisor.front import front
+from lora_advisor.advisor.probing import expected_speed, with_results
+from lora_advisor.advisor.search import rank
+from lora_advisor.advisor.session import Session
+from lora_advisor.probes.batching import Batching
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.machine import GIB
+from lora_advisor.probes.plan import Candidate, DataSummary, Plan
+from lora_advisor.probes.prediction import Interval
+
+_RUNNERS_UP = 5
+
+
+def nothing_fits(
+    session: Session, infeasible: Sequence[Candidate], configs: Sequence[RunConfig]
+) -> str:
+    """Say that nothing fits, and what came nearest."""
+    limit = session.spec.vram_bytes / GIB
+    everything = list(infeasible) + [session.predictor.candidate(c) for c in configs]
+    everything.sort(key=lambda c: c.prediction.memory.process_upper_bytes)
+    least = everything[0]
+    memory = least.prediction.memory
+    return (
+        f"nothing fits {limit:g} GiB: the smallest configuration ({describe(least.config)}) needs "
+        f"{memory.process_bytes / GIB:.2f} GiB, at most {memory.process_upper_bytes / GIB:.2f}; "
+        "take a smaller model, a shorter --seq, or more --vram."
+    )
+
+
+def conclude(
+    session: Session,
+    chosen: Candidate,
+    baseline: Candidate | None,
+    configs: Sequence[RunConfig],
+    infeasible: Sequence[Candidate],
+    data: DataSummary | None,
+) -> Plan:
+    """Return the plan with this winner.
+
+    Args:
+        session: The planning run.
+        chosen: The winner.
+        baseline: What the user would have run otherwise.
+        configs: What fits or may fit.
+        infeasible: What does not fit.
+        data: What the user's data asks for.
+    """
+    others = [session.predictor.candidate(c) for c in configs if c != chosen.config]
+    runners: list[Candidate] = []
+    lost: list[Candidate] = []
+    for candidate in rank(with_results(session, others), session.spec.objective):
+        reason = _reason(session, candidate, chosen)
+        group = lost if _cannot_run(session, candidate) else runners
+        group.append(_because(candidate, reason))
+    near = sorted(
+        (_because(c, _reason(session, c, chosen)) for c in infeasible),
+        key=lambda c: c.tokens_per_s or 0.0,
+        reverse=True,
+    )
+    return Plan(
+        spec=session.spec,
+        machine=session.machine,
+        stack=session.stack,
+        architecture=session.architecture,
+        chosen=chosen,
+        baseline=baseline,
+        runners_up=tuple(_one_each(runners)[:_RUNNERS_UP]),
+        rejected=tuple((_one_each(lost) + _one_each(near))[:_RUNNERS_UP]),
+        excluded=session.space.excluded,
+        cap_bytes=session.cap_bytes,
+        context_bytes=session.predictor.memory.context.value_bytes,
+        probes=session.probes,
+        reused=session.reused,
+        probing_s=session.probing_s,
+        wall_s=time.monotonic() - session.started,
+        trials=session.trials,
+        data=data,
+        front=front([chosen, *runners]),
+        batchings=() if data is None else _batchings(session, chosen, data),
+    )
+
+
+def _batchings(session: Session, chosen: Candidate, data: DataSummary) -> tuple[Batching, ...]:
+    """Return what a pass over the data costs under each way to make micro-batches."""
+    predictor, full = session.predictor, chosen.config.seq_len
+    works = WorkByLength(predictor.work, full)
+    time_ = predictor.time(chosen.config)
+    speed = expected_speed(session, chosen.config)
+    # By how much the models are off where they were measured.
+    factor = 1.0
+    if time_ is not None and speed is not None:
+        factor = chosen.config.tokens_per_step / speed / time_.value
+
+    def micro_seconds(config: RunConfig) -> Interval | None:
+        if predictor.throughput is None or config.checkpointing == "offload":
+            return None
+        packed = config.packing and not chosen.config.packing
+        if packed and predictor.predict(config.replace(seq_len=full)).verdict == "does not fit":
+            return None
+        interval = predictor.throughput.time(config, works(config)).interval
+        return interval.scaled(factor / config.accumulation)
+
+    return data_report(data, chosen.config, micro_seconds, seed=session.spec.seed)
+
+
+def _because(candidate: Candidate, reason: str) -> Candidate:
+    return Candidate(
+        config=candidate.config,
+        prediction=candidate.prediction,
+        measured=candidate.measured,
+        reason=reason,
+    )
+
+
+def _one_each(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Keep the first candidate of each arm: a list of one arm's micro-batches tells little."""
+    seen: set[tuple[Any, ...]] = set()
+    kept = []
+    for candidate in candidates:
+        arm = arm_of(candidate.config)
+        if arm not in seen:
+            seen.add(arm)
+            kept.append(candidate)
+    return kept
+
+
+def _cannot_run(session: Session, candidate: Candidate) -> bool:
+    if candidate.measured is not None:
+        return candidate.measured.outcome != "ok"
+    if session.probe is None:
+        return candidate.prediction.verdict != "fits"
+    return candidate.prediction.verdict == "does not fit"
+
+
+def _reason(session: Session, candidate: Candidate, chosen: Candidate) -> str:
+    """Say why a candidate lost."""
+    memory = candidate.prediction.memory
+    limit = session.predictor.limit_bytes / GIB
+    if candidate.measured is not None and candidate.measured.outcome != "ok":
+        return f"ran: {candidate.measured.outcome.replace('_', ' ')}"
+    if candidate.prediction.verdict == "does not fit" and candidate.measured is None:
+        least = (memory.needed_bytes + session.predictor.memory.context.value_bytes) / GIB
+        return f"needs {least:.2f} GiB of {limit:.2f}"
+    if session.probe is None and candidate.prediction.verdict == "uncertain":
+        return f"may need up to {memory.process_upper_bytes / GIB:.2f} GiB of {limit:.2f}"
+    mine, best = candidate.tokens_per_s, chosen.tokens_per_s
+    if mine is None or best is None:
+        return "fewer tokens in a micro-batch"
+    kind = "measured" if candidate.evidence == "proved" else candidate.evidence
+    return (
+        f"{100 * (1 - mine / best):.0f} % slower ({kind})"
+        if mine < best * 0.995
+        else f"as fast ({kind})"
+    )
