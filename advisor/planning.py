@@ -80,6 +80,7 @@ def make_plan(
     session.predictor.store.server = server
     try:
         if study_file is not None:
+            check_writable(study_file)
             check_study_file(study_file, session.machine, session.stack)
         if spec.device != "none":
             check_writable(record)

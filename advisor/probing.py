@@ -106,18 +106,26 @@ def _next_smaller(
 def expected_speed(session: Session, config: RunConfig) -> float | None:
     """Return the tokens/s of a configuration, by its probe where there is one.
 
-    A probe of fewer micro-batches a step says by how much the models are off; None where it did not
-    run.
+    A probe of fewer micro-batches a step says by how much the models are off, and from one of fewer
+    layers they have learnt; None where it did not run.
     """
-    short = short_form(config)
+    short, predict = short_form(config), session.predictor.predict
     result = session.predictor.result_of(config) or session.predictor.result_of(short)
+    if result is None and _ran(session, config):
+        told = predict(config).tokens_per_s
+        return None if told is None else told.value
     if result is None or result.outcome != "ok" or result.tokens_per_s is None:
         return None
-    predict = session.predictor.predict
     whole, part = predict(config).tokens_per_s, predict(result.config).tokens_per_s
     if whole is None or part is None:
         return result.tokens_per_s
     return result.tokens_per_s * whole.value / part.value
+
+
+def _ran(session: Session, config: RunConfig) -> bool:
+    """Whether a configuration ran well, be it with fewer micro-batches or layers."""
+    ran = [r.config for r in session.predictor.results if r.outcome == "ok"]
+    return config in ran or short_form(config) in ran
 
 
 def _best_measured(session: Session, configs: Sequence[RunConfig]) -> float | None:
@@ -204,9 +212,8 @@ def _ranked(session: Session, configs: Sequence[RunConfig]) -> list[Candidate]:
     """Return what may be proved, best first."""
     candidates = with_results(session, [session.predictor.candidate(c) for c in configs])
     candidates = [c for c in candidates if c.measured is None or c.measured.outcome == "ok"]
-    if any(c.measured is not None for c in candidates):
-        candidates = [c for c in candidates if c.measured is not None]
-    return sorted(candidates, key=lambda c: _worth(session, c), reverse=True)
+    ran = [c for c in candidates if _ran(session, c.config)]
+    return sorted(ran or candidates, key=lambda c: _worth(session, c), reverse=True)
 
 
 def _worth(session: Session, candidate: Candidate) -> float:

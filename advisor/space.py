@@ -210,7 +210,8 @@ def _exclude(
     if machine.kind == "cpu":
         leave_out("kernels", "liger", "its Triton kernels need a GPU")
         leave_out("compile", "layers", "on a CPU compiling costs more than it brings")
-        leave_out("optimizer", "paged_adamw_8bit", "paging moves states off a GPU; there is none")
+        for paged in ("paged_adamw_8bit", "paged_adamw_32bit"):
+            leave_out("optimizer", paged, "paging moves states off a GPU; there is none")
         leave_out("allocator", "expandable_segments", "it is a setting of the GPU's allocator")
     elif stack.liger_kernel is None:
         leave_out("kernels", "liger", "liger-kernel is not installed (lora-advisor[gpu])")

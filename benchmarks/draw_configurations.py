@@ -86,7 +86,7 @@ def main() -> None:
     print(len(drawn), "of", sum(map(len, arms.values())), "in", len(arms), "arms")
 
 
-def _here(machine):  # noqa: ANN001, ANN202
+def _here(machine):
     """Return the machine as if it were here: compiled layers are drawn too."""
     import dataclasses
 

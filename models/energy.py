@@ -47,12 +47,13 @@ class EnergyModel:
         import numpy
         from sklearn.linear_model import LinearRegression
 
-        power = float(numpy.median([joules / seconds for _, seconds, joules in observed]))
-        rows = [[seconds, _busy(time, seconds)] for time, seconds, _ in observed]
+        rows = numpy.array([[seconds, _busy(time, seconds)] for time, seconds, _ in observed])
         joules = numpy.array([joules for _, _, joules in observed])
-        guess = numpy.diag([1 / _WAITING_SHARE, 1 / (1 - _WAITING_SHARE)]) * _GUESS / power
+        shares = numpy.array([_WAITING_SHARE, 1 - _WAITING_SHARE])
+        power = numpy.median(joules / (rows @ shares))  # of a board that computes all the time
+        guess = numpy.diag(_GUESS / (shares * power))
         model = LinearRegression(fit_intercept=False, positive=True).fit(
-            numpy.vstack([numpy.array(rows) / joules[:, None], guess]),
+            numpy.vstack([rows / joules[:, None], guess]),
             numpy.concatenate([numpy.ones(len(rows)), [_GUESS, _GUESS]]),
         )
         waiting, computing = (float(value) for value in model.coef_)

@@ -35,6 +35,10 @@ _ALIKE_CHECKPOINTING, _ALIKE_TOKENS, _ALIKE_LENGTH = 0.7, 0.9, 0.9
 #: Standard deviation, in log time, of what is unexplained: that of the recorded H100 steps after
 #: the fit of the shared coefficients (benchmarks/results/throughput_accuracy.json).
 _AMPLITUDE = 0.12
+#: How many times as far as is usual probes may stray, and the standard deviation of its logarithm
+#: before they tell.
+_STRAYING = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+_STRAYING_PRIOR = 0.35
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,25 @@ class Residuals:
 
     @classmethod
     def fit(cls, seen: Sequence[tuple[RunConfig, float]], *, noise: float) -> Residuals:
-        """Learn from configurations and what was unexplained of them, in log time."""
+        """Learn from configurations and what was unexplained of them, in log time.
+
+        `noise` is how far probes usually stray; where these agree less, they are believed less.
+        """
         if not seen:
             return cls(0, None)
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
         kernel = ConstantKernel(_AMPLITUDE**2, "fixed") * RBF(1.0, "fixed")
-        process = GaussianProcessRegressor(kernel, alpha=noise**2, optimizer=None)
-        process.fit([_place(config) for config, _ in seen], [left for _, left in seen])
-        return cls(len(seen), process)
+        places, left = [_place(config) for config, _ in seen], [left for _, left in seen]
+
+        def straying(times: float) -> tuple[float, GaussianProcessRegressor]:
+            process = GaussianProcessRegressor(kernel, alpha=(times * noise) ** 2, optimizer=None)
+            process.fit(places, left)
+            prior = (math.log(times) / _STRAYING_PRIOR) ** 2 / 2
+            return process.log_marginal_likelihood_value_ - prior, process
+
+        return cls(len(seen), max(map(straying, _STRAYING), key=lambda found: found[0])[1])
 
     def at(self, config: RunConfig) -> tuple[float, float]:
         """Return what to add to the log time of a configuration, and its standard deviation."""

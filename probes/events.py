@@ -40,7 +40,7 @@ class Work:
     Attributes:
         launches: Kernels that a module's Python code launches through PyTorch's operators.
         engine_launches: Those of the autograd engine, which is C++.
-        custom_launches: Those of kernels with Python code of their own: Triton's, bitsandbytes'.
+        custom_launches: Calls of kernels with Python code of their own: Triton's, bitsandbytes'.
         compiled_launches: Those of a compiled program.
         matmul_flops: Floating-point operations of matrix products in 16 bits.
         fp32_matmul_flops: Those of products in 32 bits.

@@ -12,10 +12,12 @@ back when the fork runs and {"status"} when it has ended.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,8 @@ from lora_advisor.probes.events import Trace
 from lora_advisor.probes.trace_batch import Batch, read_traces, write_batch
 
 _LOG = logging.getLogger(__name__)
+#: linux/prctl.h
+_PR_SET_CHILD_SUBREAPER = 36
 #: Imports are given this long before probes go their own way.
 _START_TIMEOUT_S = 180.0
 
@@ -44,6 +48,9 @@ class ForkServer:
         """
         environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")
         environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as NVML counts
+        # Inductor's compile workers are forked as well. By default they come from one more process
+        # that imports torch anew, beside the steps that are measured.
+        environment.setdefault("TORCHINDUCTOR_WORKER_START", "fork")
         if offline:
             environment["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
         self._process: subprocess.Popen[bytes] | None = None
@@ -201,6 +208,8 @@ def serve(parent_pid: int) -> int:
     from lora_advisor.probes import worker
 
     worker.die_with_parent(parent_pid)
+    # Orphans of a fork come to this process, which then sees them end.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     _import_everything()
     if _has_context():
         _tell({"ready": False, "why": "an import made a CUDA context"})
@@ -213,8 +222,18 @@ def serve(parent_pid: int) -> int:
             os._exit(_work(files))
         _tell({"pid": pid})
         _, status = os.waitpid(pid, 0)
+        _end_group(pid)
         _tell({"status": os.waitstatus_to_exitcode(status)})
     return 0
+
+
+def _end_group(leader: int) -> None:
+    """End what a fork started and left behind: compile workers hold on to its CUDA context."""
+    with contextlib.suppress(OSError):
+        os.killpg(leader, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-leader, 0)
 
 
 def _work(files: dict[str, str]) -> int:
@@ -222,6 +241,7 @@ def _work(files: dict[str, str]) -> int:
     from lora_advisor.probes import trace_batch, worker
 
     os.setsid()
+    nvml.forget()  # the driver's library does not survive a fork
     log = os.open(files["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):

@@ -114,7 +114,7 @@ def _multiplies(name: str) -> bool:
     return name.split("::")[1].split(".")[0] in _PRODUCTS
 
 
-#: Operations whose Python code costs more than the operator that it is.
+#: Operations whose Python code costs more than the kernels that it launches: they count as one.
 _CUSTOM = (TRITON, "bitsandbytes::")
 
 
@@ -123,10 +123,10 @@ def issued(work: Work, name: str, *, by_engine: bool) -> Work:
     launches = work.launches
     if not launches:
         return work
+    if name.startswith(_CUSTOM):  # a compiled program calls their Python code too
+        return dataclasses.replace(work, launches=0.0, custom_launches=1.0)
     if in_compiled_program():
         return dataclasses.replace(work, launches=0.0, compiled_launches=launches)
-    if name.startswith(_CUSTOM):
-        return dataclasses.replace(work, launches=0.0, custom_launches=launches)
     if by_engine:
         return dataclasses.replace(work, launches=0.0, engine_launches=launches)
     return work

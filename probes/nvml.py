@@ -47,6 +47,11 @@ class GpuProcess:
     used_bytes: int | None
 
 
+def forget() -> None:
+    """Ask the driver anew: for a process that was forked from one that had asked."""
+    _library.cache_clear()
+
+
 def device_count() -> int:
     """Return the number of GPUs that the driver sees and CUDA_VISIBLE_DEVICES does not hide."""
     nvml = _library()

@@ -29,9 +29,7 @@ CONFIGS = [
 def compared(monkeypatch: pytest.MonkeyPatch) -> Comparison:
     share_traces(monkeypatch)
     figures = tiny(num_hidden_layers=2)
-    predictor = Predictor.start(
-        figures, CARD.machine(), CARD, limit_bytes=8 * GIB, precision="bf16"
-    )
+    predictor = Predictor.start(figures, CARD.machine(), CARD, limit_bytes=8 * GIB)
     return compare(CONFIGS, predictor)
 
 

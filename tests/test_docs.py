@@ -81,3 +81,25 @@ def test_the_readme_documents_the_exit_code_of_every_error() -> None:
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", README, flags=re.MULTILINE)}
 
     assert codes <= documented
+
+
+def test_the_readme_quotes_the_accuracy_of_speeds() -> None:
+    results = ROOT / "benchmarks/results"
+    records = json.loads((results / "throughput_accuracy.json").read_text())["summary"]
+    published = json.loads((results / "published_throughput.json").read_text())["summary"]
+    cards = ("t4", "a100-80gb", "h100-80gb", "rtx-pro-6000-blackwell")
+    for summary in (*records.values(), *(published[card] for card in cards)):
+        row = f"| {summary['points']} | {summary['spearman']:.2f} | {summary['median_ratio']:.2f} |"
+        assert row in README
+
+
+def test_the_readme_quotes_the_regret_of_the_recorded_plans() -> None:
+    cases = json.loads((ROOT / "benchmarks/results/regret.json").read_text())
+
+    for case in cases.values():
+        for part in (case, case["same_call"]):
+            assert f"| {part['feasible']} | {100 * part['regret']:.1f} % |" in README
+            models = part["models"]
+            error = 100 * models["probed"]["median_abs_error"]
+            rank = models["probed"]["spearman"]
+            assert f"{models['held_out']}: {error:.1f} %, {rank:.2f} |" in README

@@ -36,9 +36,7 @@ def _shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def start(limit_bytes: int, cache: Path | None = None, **changes: Any) -> Predictor:
     figures = tiny(**{"num_hidden_layers": 2, "max_position_embeddings": 2048, **changes})
-    return Predictor.start(
-        figures, CARD.machine(), CARD, limit_bytes=limit_bytes, precision="bf16", cache=cache
-    )
+    return Predictor.start(figures, CARD.machine(), CARD, limit_bytes=limit_bytes, cache=cache)
 
 
 def process_bytes(config: RunConfig) -> int:

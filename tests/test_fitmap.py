@@ -32,9 +32,8 @@ BATCHES, LENGTHS = (1, 8, 32), (128, 512, 2048)
 
 def start(limit_bytes: int, cache: Path | None = None) -> Predictor:
     return Predictor.start(
-        tiny(num_hidden_layers=2), CARD.machine(), CARD,
-        limit_bytes=limit_bytes, precision="bf16", cache=cache,
-    )  # fmt: skip
+        tiny(num_hidden_layers=2), CARD.machine(), CARD, limit_bytes=limit_bytes, cache=cache
+    )
 
 
 @pytest.fixture(autouse=True)

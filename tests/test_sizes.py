@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from recorded import configure, tiny
+from traced_once import trace_here
 
 from lora_advisor.advisor import traces
 from lora_advisor.advisor.sizes import SizeMap
@@ -14,6 +15,7 @@ from lora_advisor.advisor.traces import TraceStore, resized
 from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes.extend import trace_all_layers
 from lora_advisor.probes.interpolate import Size
+from lora_advisor.probes.trace_batch import trace_quietly
 
 CAP = 1 << 40  # beyond every step here, so that no cap is looked for
 SIZES = list(itertools.product((1, 2, 3, 4, 6, 8, 12), (128, 192, 256, 320, 384, 512, 640, 768)))
@@ -23,14 +25,13 @@ SIZES = list(itertools.product((1, 2, 3, 4, 6, 8, 12), (128, 192, 256, 320, 384,
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Size]:
     """Sizes that were traced."""
     sizes: list[Size] = []
-    trace = traces.trace_quietly
 
     def counted(config: Any, *rest: Any) -> Any:
         sizes.append((config.micro_batch, config.seq_len))
-        return trace(config, *rest)
+        return trace_quietly(config, *rest)
 
     monkeypatch.setattr(traces, "trace_quietly", counted)
-    monkeypatch.setattr(traces, "_WORKERS", 1)
+    trace_here(monkeypatch)
     return sizes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_advisor.advisor import trace_cache, traces
 from lora_advisor.advisor.trace_cache import FORMAT, TraceCache, key_of
 from lora_advisor.advisor.traces import TraceStore
 from lora_advisor.probes.machine import Stack
+from lora_advisor.probes.trace_batch import trace_quietly
 
 STACK = Stack(torch="2.13.0", transformers="5.23.0", peft="0.21.2", trl="1.16.0")
 VALUE = {"memory": {"1024": {"allocated_bytes": 512}}, "work": [1.5, 2.0]}
@@ -110,18 +112,31 @@ def test_other_sources_do_not_find_an_entry(monkeypatch: pytest.MonkeyPatch, fil
         assert cache.get(key()) is None
 
 
-def test_a_changed_source_changes_the_digest(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("changed", "decides"),
+    [
+        ("probes/trace.py", True),
+        ("models/allocator.py", True),
+        ("probes/runner.py", False),
+        ("models/throughput.py", False),
+    ],
+)
+def test_the_digest_changes_with_the_sources_that_decide_a_trace(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changed: str, decides: bool
 ) -> None:
-    source = tmp_path / "probes" / "trace.py"
-    source.parent.mkdir()
+    root = Path(trace_cache.__file__).parents[1]
+    for folder in ("probes", "models"):
+        shutil.copytree(root / folder, tmp_path / folder)
     monkeypatch.setattr(trace_cache, "__file__", str(tmp_path / "advisor" / "trace_cache.py"))
+    source = tmp_path / changed
+    before = source.read_text("utf-8")
     digests = []
-    for text in ("one", "two", "one"):
-        source.write_text(text)
+    for text in (before, before + "\n", before):
+        source.write_text(text, "utf-8")
         digests.append(trace_cache._source.__wrapped__())
 
-    assert digests[0] == digests[2] != digests[1]
+    assert digests[0] == digests[2]
+    assert (digests[0] != digests[1]) == decides
 
 
 def test_the_name_of_a_model_decides_nothing() -> None:
@@ -232,11 +247,10 @@ def test_the_oldest_entries_go_first(monkeypatch: pytest.MonkeyPatch, file: Path
 
 def test_a_store_traces_once_for_all_processes(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     made = []
-    trace = traces.trace_quietly
 
     def counted(*args: Any) -> Any:
         made.append(args)
-        return trace(*args)
+        return trace_quietly(*args)
 
     monkeypatch.setattr(traces, "trace_quietly", counted)
     answers = []

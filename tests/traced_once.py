@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,12 @@ def _trace(config: RunConfig, architecture: Architecture, capability: str | None
 def share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the advisor trace in this process, each step once in a test run."""
     monkeypatch.setattr(traces, "trace_quietly", _trace)
-    monkeypatch.setattr(traces, "_WORKERS", 1)
+    trace_here(monkeypatch)
+
+
+def trace_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the advisor start no server that traces side by side."""
+    monkeypatch.setattr(traces, "_WORTH_A_SERVER", sys.maxsize)
 
 
 def save_figures(folder: Path) -> str:
