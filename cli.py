@@ -141,7 +141,7 @@ group.add_command(bench)
 @click.option(
     "--trials",
     type=int,
-    default=20,
+    default=5,
     show_default=True,
     help="Trials of the search that are its sampler's own choice, after those planned.",
 )

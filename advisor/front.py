@@ -20,10 +20,14 @@ def front(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
     up, down = optuna.study.StudyDirection.MAXIMIZE, optuna.study.StudyDirection.MINIMIZE
     directions = [up, up] + ([down] if with_energy else [])
     study = optuna.create_study(directions=directions)
+    seen = set()
     for number, candidate in enumerate(known):
         values = [float(candidate.tokens_per_s or 0.0), float(candidate.config.seq_len)]
         if with_energy:
             values.append(float(candidate.joules_per_token or 0.0))
+        if tuple(values) in seen:  # another name for the same, a knob that changes nothing
+            continue
+        seen.add(tuple(values))
         trial = optuna.trial.create_trial(values=values, user_attrs={"number": number})
         study.add_trial(trial)
     best = [known[trial.user_attrs["number"]] for trial in study.best_trials]

@@ -217,6 +217,10 @@ def _exclude(
         leave_out("kernels", "liger", "liger-kernel is not installed (lora-advisor[gpu])")
     if machine.kind == "card":
         leave_out("compile", "layers", "what compiling gains can only be measured, on the card")
+        if "bf16" in axes["precision"]:
+            leave_out(
+                "precision", "fp16", "as fast as bf16 by the figures; measure it there"
+            )
     if stack.trl is None:
         axes["trainer"] = ("transformers",)
         excluded.append(("trainer trl", "trl is not installed"))

@@ -65,7 +65,7 @@ class Spec:
     gpu: str | None = None
     trust_remote_code: bool = False
     seed: int = 0
-    free_trials: int = 20
+    free_trials: int = 5
     longer: bool = False
 
     def __post_init__(self) -> None:
