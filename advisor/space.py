@@ -218,9 +218,7 @@ def _exclude(
     if machine.kind == "card":
         leave_out("compile", "layers", "what compiling gains can only be measured, on the card")
         if "bf16" in axes["precision"]:
-            leave_out(
-                "precision", "fp16", "as fast as bf16 by the figures; measure it there"
-            )
+            leave_out("precision", "fp16", "as fast as bf16 by the figures; measure it there")
     if stack.trl is None:
         axes["trainer"] = ("transformers",)
         excluded.append(("trainer trl", "trl is not installed"))
