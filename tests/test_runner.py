@@ -188,7 +188,9 @@ def test_a_probe_of_what_this_machine_cannot_run_says_why(tmp_path: Path) -> Non
 def start_parent(record: Path) -> tuple[subprocess.Popen[bytes], psutil.Process]:
     """Start a Python process that runs a probe, and return it with its child."""
     code = f"""
-import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+import signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+# A shell starts what it puts in the background with SIGINT ignored, and children keep that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from test_runner import probe
 probe(Path({str(record)!r}))

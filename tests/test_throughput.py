@@ -268,8 +268,8 @@ def test_a_step_of_many_small_kernels_takes_what_the_host_takes() -> None:
     assert model.time(configure(), little.times(1)).value == time.value
     more_to_compute = Work(launches=10_000, matmul_flops=1e11, bytes_moved=1e8)
     assert model.time(configure(), more_to_compute).value == pytest.approx(time.value, rel=0.01)
-    # A usual host: a quarter of a second for 10 thousand launches by Python, less by others.
-    assert time.value == pytest.approx(0.008 + 10_000 * 2.56e-5, rel=0.05)
+    # A usual host: 0.37 s for 10 thousand launches by Python in TRL, less by others.
+    assert time.value == pytest.approx(1.4 * (0.008 + 10_000 * 2.56e-5), rel=0.05)
 
 
 def test_who_launches_decides_what_the_host_pays() -> None:

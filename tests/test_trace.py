@@ -54,7 +54,8 @@ def test_the_trace_holds_what_an_h100_held(number: int) -> None:
 
 
 def test_the_trace_trains_the_parameters_the_h100_trained() -> None:
-    assert trace_of(6).trainable == h100_runs()[6]["trainable"]
+    row = h100_runs()[6]  # skips where the records are not
+    assert trace_of(6).trainable == row["trainable"]
 
 
 SLIDING = {
