@@ -55,6 +55,7 @@ def run_child(
         folder = Path(name)
         request.write(folder / "request.json")
         log = folder / "log.txt"
+        log.touch()  # a fork that is killed at once has not opened it
         child = _start(folder / "request.json", folder / "answer.json", log, server)
         try:
             ending = _wait(child, request, timeout_s, rivals)
@@ -149,9 +150,10 @@ def _kill(child: Child) -> None:
         return
     family: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
-        family = psutil.Process(child.pid).children(recursive=True)
+        process = psutil.Process(child.pid)
+        family = [process, *process.children(recursive=True)]
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)  # the child leads a session of its own
+        os.killpg(child.pid, signal.SIGKILL)  # the child leads a session of its own, or soon will
     for process in family:
         with contextlib.suppress(psutil.Error):
             process.kill()
