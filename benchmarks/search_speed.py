@@ -45,11 +45,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--cache", type=Path, default=None)
+    parser.add_argument("--fix", default="", help="knob=value, with commas: less to fill")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/search_speed.json"))
     arguments = parser.parse_args()
     spec = Spec(
         model="qwen2.5-1.5b", vram_bytes=8 * GIB, reserve_bytes=GIB // 4, effective_batch=24,
-        gpu="rtx-4060",
+        gpu="rtx-4060", fixed=dict(part.split("=") for part in arguments.fix.split(",") if part),
     )  # fmt: skip
     with TemporaryDirectory() as name:
         cache = arguments.cache or Path(name) / "traces.sqlite3"
@@ -63,6 +64,7 @@ def main() -> None:
         "filling_the_cache_s": round(first_s, 1),
         "predicted": len(found.feasible) + len(found.infeasible),
         "cores": os.cpu_count(),
+        "fixed": dict(spec.fixed),
     }
     arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
