@@ -16,6 +16,13 @@ def short_form(config: RunConfig) -> RunConfig:
     return config.replace(accumulation=min(2, config.accumulation))
 
 
+def code_of(config: RunConfig) -> tuple[Any, ...]:
+    """Return what decides which code runs, whatever it runs on and with how much."""
+    return (
+        config.trainer, config.method, config.kernels, config.compile, config.checkpointing,
+    )  # fmt: skip
+
+
 def arm_of(config: RunConfig) -> tuple[Any, ...]:
     """Return what decides how fast a configuration is beside its size."""
     return (config.method, config.kernels, config.compile, config.checkpointing, config.precision)

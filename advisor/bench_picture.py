@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lora_advisor.advisor.effects import Effect
+from lora_advisor.advisor.pictures import write_png
 from lora_advisor.advisor.report_effects import effect_name
-from lora_advisor.probes.errors import OutputError
 from lora_advisor.probes.machine import GIB
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ def draw_effects(effects: Sequence[Effect], path: Path, *, title: str) -> None:
     Raises:
         OutputError: The place cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     memory = next((n for n in _MEMORY if any(n in e.differences for e in effects)), None)
@@ -42,7 +41,6 @@ def draw_effects(effects: Sequence[Effect], path: Path, *, title: str) -> None:
     panels = 1 + (memory is not None) + energy
     size = (_WIDTH, _MARGIN + _ROW * len(effects))
     figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
-    canvas: Any = FigureCanvasAgg(figure)
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     _ratios(axes[0], effects, "tokens_per_s", "tokens/s, times as many")
     if memory is not None:
@@ -51,13 +49,7 @@ def draw_effects(effects: Sequence[Effect], path: Path, *, title: str) -> None:
         _ratios(axes[-1], effects, "joules_per_token", "joules/token, times as much")
     _rows(axes[0], effects)
     figure.suptitle(title, fontsize=10)
-    try:
-        with path.open("wb") as file:
-            canvas.print_png(file)
-    except OSError as error:
-        raise OutputError(
-            f"`{path}` must be a place that can be written, but {error.strerror}."
-        ) from None
+    write_png(figure, path)
 
 
 def _rows(axes: Axes, effects: Sequence[Effect]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_advisor.advisor.fitmap import FitMap
-from lora_advisor.probes.errors import OutputError
+from lora_advisor.advisor.pictures import write_png
 from lora_advisor.probes.machine import GIB
 
 if TYPE_CHECKING:
@@ -31,22 +31,14 @@ def draw_map(drawn: FitMap, path: Path, *, title: str) -> None:
     Raises:
         OutputError: The place cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-    canvas: Any = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _paint(drawn, figure, axes)
     _label(drawn, axes)
     axes.set_title(title, fontsize=10)
-    try:
-        with path.open("wb") as file:
-            canvas.print_png(file)
-    except OSError as error:
-        raise OutputError(
-            f"`{path}` must be a place that can be written, but {error.strerror}."
-        ) from None
+    write_png(figure, path)
 
 
 def _paint(drawn: FitMap, figure: Any, axes: Axes) -> None:

@@ -9,8 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lora_advisor.advisor.arms import arm_of, short_form
-from lora_advisor.advisor.promise import Promise, chance_of, most_promising
+from lora_advisor.advisor.arms import arm_of, code_of, short_form
+from lora_advisor.advisor.promise import (
+    AFTER_FAILURE,
+    EXPLAINED,
+    NEW_CODE,
+    Promise,
+    chance_of,
+    most_promising,
+)
 from lora_advisor.advisor.search import score
 from lora_advisor.advisor.session import (
     MEASURED_STEPS,
@@ -79,7 +86,8 @@ def probe_loop(session: Session, configs: list[RunConfig]) -> None:
             return
         result = run(session, short_form(chosen), "most promising")
         if result.outcome == "out_of_memory":
-            configs += _next_smaller(session, chosen, configs)
+            for config in [chosen, *configs]:
+                configs += _smaller(session, config, configs)
 
 
 def _next(
@@ -92,15 +100,23 @@ def _next(
     return most_promising(promises, best)
 
 
-def _next_smaller(
-    session: Session, config: RunConfig, configs: Sequence[RunConfig]
-) -> list[RunConfig]:
-    sizes = [n for n in session.space.axes["micro_batch"] if n < config.micro_batch]
-    if not sizes:
+def _smaller(session: Session, config: RunConfig, configs: Sequence[RunConfig]) -> list[RunConfig]:
+    """Return the next smaller micro-batch that no failure rules out; none where this one stands."""
+    if not _is_ruled_out(session, config):
         return []
-    accumulation = session.space.effective_batch // max(sizes)
-    smaller = config.replace(micro_batch=max(sizes), accumulation=accumulation)
-    return [] if smaller in configs else [smaller]
+    for size in sorted(session.space.axes["micro_batch"], reverse=True):
+        if size < config.micro_batch:
+            accumulation = session.space.effective_batch // size
+            smaller = config.replace(micro_batch=size, accumulation=accumulation)
+            if not _is_ruled_out(session, smaller):
+                return [] if smaller in configs else [smaller]
+    return []
+
+
+def _is_ruled_out(session: Session, config: RunConfig) -> bool:
+    """Whether a run that failed says that this one would."""
+    failed = [r for r in session.predictor.results if r.outcome != "ok"]
+    return any(_as_large(config, result) for result in failed)
 
 
 def expected_speed(session: Session, config: RunConfig) -> float | None:
@@ -135,14 +151,12 @@ def _best_measured(session: Session, configs: Sequence[RunConfig]) -> float | No
 
 def _open(session: Session, configs: Sequence[RunConfig]) -> list[RunConfig]:
     """Return what has not run and may."""
-    failed = [r for r in session.predictor.results if r.outcome != "ok"]
     tried = {r.config for r in session.predictor.results}
     return [
         config
         for config in configs
         if short_form(config) not in tried
-        and not any(_as_large(config, result) for result in failed)
-        and not any(_needs_as_much(session, config, result) for result in failed)
+        and not _is_ruled_out(session, config)
         and session.predictor.predict(config).verdict != "does not fit"
     ]
 
@@ -164,6 +178,7 @@ def _needs_as_much(session: Session, config: RunConfig, result: ProbeResult) -> 
     """Whether the models give a configuration as much memory as one that ran out of it.
 
     Configurations err together where the same code runs: compiled or not, 4-bit weights or not.
+    Where a failure was far from what the models expect, they say nothing of others either.
     """
     other = result.config
     if result.outcome != "out_of_memory" or not session.predictor.is_whole(result):
@@ -172,18 +187,23 @@ def _needs_as_much(session: Session, config: RunConfig, result: ProbeResult) -> 
     if any(getattr(config, knob) != getattr(other, knob) for knob in alike):
         return False
     predict = session.predictor.predict
-    return predict(config).memory.needed_bytes >= 0.998 * predict(other).memory.needed_bytes
+    failed_bytes = predict(other).memory.needed_bytes
+    explained = failed_bytes >= EXPLAINED * session.predictor.cap_bytes
+    return explained and predict(config).memory.needed_bytes >= 0.998 * failed_bytes
 
 
 def _promise(session: Session, config: RunConfig) -> Promise:
     """Return what a configuration may reach."""
     prediction, time_ = session.predictor.predict(config), session.predictor.time(config)
     chance = chance_of(config, prediction, session.predictor.cap_bytes)
+    if any(_needs_as_much(session, config, result) for result in session.predictor.results):
+        chance *= AFTER_FAILURE
     if time_ is None or prediction.tokens_per_s is None:
         return Promise(tokens_per_s=float(config.tokens), deviation=math.log(2), chance=chance)
-    return Promise(
-        tokens_per_s=prediction.tokens_per_s.value, deviation=time_.deviation, chance=chance
-    )
+    deviation = time_.deviation
+    if code_of(config) not in {code_of(r.config) for r in session.predictor.results}:
+        deviation = max(deviation, NEW_CODE)
+    return Promise(tokens_per_s=prediction.tokens_per_s.value, deviation=deviation, chance=chance)
 
 
 def prove(session: Session, configs: Sequence[RunConfig]) -> Candidate | None:

@@ -26,6 +26,16 @@ _FITS = 0.97
 #: more. And how much likelier to fail is a run that must give back cached memory on the way.
 _STRAYS, _STRAYS_COMPILED, _FLUSHING = 0.02, 0.04, 0.5
 
+#: What is left of the chance to run where the models give a configuration as much memory as one of
+#: other checkpointing or size that ran out of it: a guess, for they may err on the one and not on
+#: the other.
+AFTER_FAILURE = 0.2
+#: A failure is near what the models expect where they give it at least this share of the cap.
+EXPLAINED = 0.9
+#: Standard deviation of the logarithm of the time of code that no probe ran: whole arms of the
+#: recorded H100 steps stray so far (tests/recordings/regret).
+NEW_CODE = 0.2
+
 #: Seconds of a probe beside its steps before the first one tells: start and weights, compilation.
 _START_S, _COMPILE_S = 8.0, 20.0
 

@@ -14,7 +14,7 @@ from lora_advisor.models.throughput import NINE_OF_TEN, StepTime
 from lora_advisor.probes.prediction import Interval
 
 #: Share of the power that a board at work draws while it waits, before probes tell: an H100 draws
-#: some 150 of 700 W between kernels (tests/recordings).
+#: some 180 of 700 W where it waits for the host most of the time (tests/recordings/regret).
 _WAITING_SHARE = 0.25
 #: Weight of that guess against one probe, and how far energies stray from the fit.
 _GUESS, _SPREAD = 0.3, 0.15

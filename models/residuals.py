@@ -32,8 +32,8 @@ _ALIKE: dict[str, tuple[tuple[Any, ...], float]] = {
 #: The same for every layer checkpointed or none, for twice the tokens in a micro-batch, and for
 #: sequences twice as long.
 _ALIKE_CHECKPOINTING, _ALIKE_TOKENS, _ALIKE_LENGTH = 0.7, 0.9, 0.9
-#: Standard deviation, in log time, of what is unexplained: that of the recorded H100 steps after
-#: the fit of the shared coefficients (benchmarks/results/throughput_accuracy.json).
+#: Standard deviation, in log time, of what is unexplained. With it the intervals hold three of four
+#: recorded H100 steps that the model did not see (tests/test_throughput.py, half tells half).
 _AMPLITUDE = 0.12
 #: How many times as far as is usual probes may stray, and the standard deviation of its logarithm
 #: before they tell.

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 #: Seconds the host needs for a micro-batch (data, logging, clipping), an operator that Python code
 #: calls, a kernel that the autograd engine launches, one with Python code of its own, and one of a
 #: compiled program. Their ratios are fitted to the recorded steps of an H100 machine, whose host
-#: takes 2.5 times as long; hosts differ by a factor of 2 either way.
-_HOST_S = (0.008, 2.56e-5, 8e-6, 9.4e-5, 1.36e-5)
+#: takes 2.8 times as long; hosts differ by a factor of 2 either way.
+_HOST_S = (0.0072, 2.304e-5, 7.2e-6, 8.46e-5, 1.224e-5)
 #: How many times as long the host takes for the same launches in a step of TRL's trainer as in one
 #: of transformers.Trainer, by recorded steps that the host bound (tests/recordings/h100_work.json,
 #: rows 40 to 46 against 60, 61 and 65). Why is not known.
@@ -39,13 +39,15 @@ _TRL = 1.4
 #: flash or cuDNN, memory-efficient, in 32 bits; and of its bandwidth that all other kernels reach.
 #: Fitted with the host's, and to the published steps of other cards (benchmarks/results/
 #: published_throughput.json). Then the seconds of a kernel beside what it computes.
-_SHARES = (0.45, 0.9, 0.2, 0.1, 0.15)
+_SHARES = (0.55, 0.9, 0.2, 0.1, 0.15)
 _BANDWIDTH_SHARE = 0.6
 _KERNEL_S = 2.5e-6
 #: How the two combine: a norm between their maximum and their sum, for where both are as long each
 #: waits for the other some of the time. It and the shares were chosen so that steps are ranked best
-#: on every card of benchmarks/results/published_throughput.json and of the H100's records.
+#: on every card of benchmarks/results/published_throughput.json and of the H100's records. Probes
+#: draw it to what this host and card do; the standard deviation is that of its logarithm.
 _NORM = 1.7
+_NORM_PRIOR = 0.5
 
 #: Standard deviations, in log time, of what no probe has spoken of: how far a whole side of a host
 #: or a card strays from the roofline, and one of its coefficients from the others.
@@ -68,24 +70,41 @@ class Observation:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """Logarithms of what host and device need for a step, in seconds, each with its deviation."""
+    """Time of one optimizer step.
+
+    Attributes:
+        host: Logarithm of the seconds that the host needs.
+        host_deviation: Standard deviation of what is known of it by itself.
+        device: The same of the device.
+        device_deviation: Likewise.
+        total_deviation: That of the logarithm of both together, where probes bound it: they tell
+            the sum better than its parts. None where only the parts are known.
+        noise: How far a measurement of one and the same step strays.
+        norm: How the two combine.
+    """
 
     host: float
     host_deviation: float
     device: float
     device_deviation: float
+    total_deviation: float | None = None
+    noise: float = 0.0
+    norm: float = _NORM
 
     @property
     def value(self) -> float:
         """The most likely time in seconds."""
-        return math.exp(_join(self.host, self.device))
+        return math.exp(_join(self.host, self.device, self.norm))
 
     def quantile(self, deviations: float) -> float:
         """Return the time that lies this many standard deviations above the most likely."""
+        if self.total_deviation is not None:
+            return self.value * math.exp(deviations * self.total_deviation)
         return math.exp(
             _join(
                 self.host + deviations * self.host_deviation,
                 self.device + deviations * self.device_deviation,
+                self.norm,
             )
         )
 
@@ -96,7 +115,10 @@ class StepTime:
 
     @property
     def interval(self) -> Interval:
-        """The time in seconds; nine of ten lie within."""
+        """The time in seconds; nine of ten measurements lie within."""
+        if self.total_deviation is not None:
+            wide = math.exp(NINE_OF_TEN * math.hypot(self.total_deviation, self.noise))
+            return Interval(value=self.value, low=self.value / wide, high=self.value * wide)
         return Interval(
             value=self.value,
             low=self.quantile(-NINE_OF_TEN),
@@ -119,6 +141,9 @@ class ThroughputModel:
         left: What the coefficients leave unexplained, of host and device; None without probes.
         deviations: Standard deviations of both sides where nothing similar was measured.
         probes: Number of probes behind them.
+        covariance: Of the logarithms of both sides' scales, of all coefficients beside them and of
+            the norm, as the probes leave it; None without probes.
+        norm: How both sides combine.
         slower: How many times a product takes as long in a precision as in bf16.
     """
 
@@ -127,6 +152,8 @@ class ThroughputModel:
     left: tuple[Residuals, Residuals] | None = None
     deviations: tuple[float, float] = (_HOST_PRIOR, _DEVICE_PRIOR)
     probes: int = 0
+    covariance: tuple[tuple[float, ...], ...] | None = None
+    norm: float = _NORM
     slower: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -151,8 +178,11 @@ class ThroughputModel:
         sides: list[list[tuple[RunConfig, float]]] = [[], []]
         for seen in observations:
             host, device = fitted._sides(seen.config, seen.work)
-            left = math.log(seen.step_s) - _join(host, device)
-            sides[0 if host > device else 1].append((seen.config, left))
+            side = 0 if host > device else 1
+            shares = _leverage(host, device, fitted.norm)
+            # The longer side is told the whole difference: what moves it by as much moves the step.
+            left = (math.log(seen.step_s) - _join(host, device, fitted.norm)) / shares[side]
+            sides[side].append((seen.config, left))
         residuals = (
             Residuals.fit(sides[0], noise=_HOST_NOISE),
             Residuals.fit(sides[1], noise=_DEVICE_NOISE),
@@ -169,8 +199,40 @@ class ThroughputModel:
                     shift, deviations[side] = residuals.at(config)
                     host, device = (host + shift, device) if side == 0 else (host, device + shift)
         return StepTime(
-            host=host, host_deviation=deviations[0], device=device, device_deviation=deviations[1]
+            host=host,
+            host_deviation=deviations[0],
+            device=device,
+            device_deviation=deviations[1],
+            total_deviation=self._total_deviation(config, work, deviations),
+            noise=2 * _HOST_NOISE * _leverage(host, device, self.norm)[0],
+            norm=self.norm,
         )
+
+    def _total_deviation(
+        self, config: RunConfig, work: Work, deviations: Sequence[float]
+    ) -> float | None:
+        """Return how far the step strays: its coefficients, and what is left per arm."""
+        if self.covariance is None or self.left is None:
+            return None
+        import numpy
+
+        host, device = self._sides(config, work)
+        shares = _leverage(host, device, self.norm)
+        amounts = (
+            host_terms(config, work),
+            device_terms(work, self.slower.get(config.precision, 1.0)),
+        )
+        slopes = list(shares)
+        for share, seconds, terms in zip(shares, (self.host, self.device), amounts, strict=True):
+            parts = [s * n for s, n in zip(seconds, terms, strict=True)]
+            slopes += [share * part / (sum(parts) or 1.0) for part in parts]
+        by_norm = shares[0] * host + shares[1] * device - _join(host, device, self.norm)
+        slope = numpy.array([*slopes, by_norm])
+        variance = float(slope @ numpy.array(self.covariance) @ slope)
+        for share, deviation, residuals in zip(shares, deviations, self.left, strict=True):
+            if residuals.count:
+                variance += (share * deviation) ** 2
+        return math.sqrt(variance)
 
     def _sides(self, config: RunConfig, work: Work) -> tuple[float, float]:
         """Return the logarithms of the host's and the device's seconds."""
@@ -210,10 +272,10 @@ def device_terms(work: Work, slower: float) -> tuple[float, ...]:
     )
 
 
-def _join(host: float, device: float) -> float:
+def _join(host: float, device: float, norm: float) -> float:
     """Return the logarithm of the time of a step from those of its two sides."""
     high, low = max(host, device), min(host, device)
-    return high + math.log1p(math.exp(_NORM * (low - high))) / _NORM
+    return high + math.log1p(math.exp(norm * (low - high))) / norm
 
 
 def _slower(card: Card) -> dict[str, float]:
@@ -221,6 +283,13 @@ def _slower(card: Card) -> dict[str, float]:
     base = card.bf16_tflops or card.fp32_tflops
     # What a card does not multiply in, it computes in fp32.
     return {precision: base / (rate or card.fp32_tflops) for precision, rate in rates.items()}
+
+
+def _leverage(host: float, device: float, norm: float) -> tuple[float, float]:
+    """Return by how much the logarithm of a step's time moves with that of each side."""
+    apart = max(-700.0, min(700.0, norm * (device - host)))
+    share = 1 / (1 + math.exp(apart))
+    return share, 1 - share
 
 
 def _device_prior(card: Card) -> tuple[float, ...]:
@@ -265,12 +334,12 @@ def _drawn(
     count = len(start.host) + len(start.device)
     # Of a device without figures the scale is the probes' own.
     wide = 2 * _DEVICE_PRIOR if known else 2.0
-    prior = numpy.array([2 * _HOST_PRIOR, wide] + [_TERM_PRIOR] * count)
+    prior = numpy.array([2 * _HOST_PRIOR, wide] + [_TERM_PRIOR] * count + [_NORM_PRIOR])
     noise = 2 * _HOST_NOISE
 
     def coefficients(logs: NDArray[numpy.float64]) -> list[NDArray[numpy.float64]]:
         split = 2 + len(start.host)
-        parts = (logs[2:split], logs[split:])
+        parts = (logs[2:split], logs[split:-1])
         return [
             numpy.asarray(base * numpy.exp(whole + part))
             for (_, base), whole, part in zip(sides, logs[:2], parts, strict=True)
@@ -281,11 +350,18 @@ def _drawn(
             numpy.log(numpy.maximum(terms @ seconds, 1e-9))
             for (terms, _), seconds in zip(sides, coefficients(logs), strict=True)
         ]
-        joined = numpy.logaddexp(_NORM * both[0], _NORM * both[1]) / _NORM
+        norm = _NORM * numpy.exp(logs[-1])
+        joined = numpy.logaddexp(norm * both[0], norm * both[1]) / norm
         return numpy.concatenate([(joined - times) / noise, logs / prior])
 
-    found = least_squares(misfit, numpy.zeros(2 + count), loss="soft_l1", f_scale=2.0)
+    found = least_squares(misfit, numpy.zeros(3 + count), loss="soft_l1", f_scale=2.0)
     fitted = coefficients(found.x)
+    # Laplace's approximation: the misfit's curvature at its least, prior included.
+    covariance = numpy.linalg.inv(found.jac.T @ found.jac)
     return dataclasses.replace(
-        start, host=tuple(map(float, fitted[0])), device=tuple(map(float, fitted[1]))
+        start,
+        host=tuple(map(float, fitted[0])),
+        device=tuple(map(float, fitted[1])),
+        covariance=tuple(tuple(map(float, row)) for row in covariance),
+        norm=_NORM * math.exp(found.x[-1]),
     )

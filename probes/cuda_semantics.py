@@ -15,6 +15,7 @@ from unittest import mock
 from lora_advisor.probes.attention_semantics import attention_patch, generation
 from lora_advisor.probes.autocast_semantics import cuda_autocast
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.stand_ins import triton_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -313,6 +314,9 @@ def _optimizer_patches() -> list[Any]:
         # The kernels read a contiguous gradient and write the parameter and its states in place.
         p.data = p.data.contiguous()
         p.grad = p.grad.contiguous()  # type: ignore[union-attr]
+        # One launch, through bitsandbytes' Python code, for each parameter: no list takes them all.
+        states = [s for s in self.state[p].values() if isinstance(s, torch.Tensor)]
+        triton_kernel(p.data, p.grad, p.data, *states, *states)
 
     patches = [
         mock.patch.object(bnb.Optimizer8bit, "get_state_buffer", state_buffer),

@@ -50,13 +50,18 @@ def test_the_fastest_configuration_is_chosen_and_has_run(spec: Spec, tmp_path: P
     assert len(device.asked) == len(set(device.asked))
 
 
-@pytest.mark.parametrize("twist", ["qlora is faster", "small micro-batches are faster"])
+@pytest.mark.parametrize(
+    "twist", ["qlora is faster", "checkpointing is free", "small micro-batches are faster"]
+)
 def test_a_device_that_contradicts_the_models_is_believed(
     spec: Spec, tmp_path: Path, twist: str
 ) -> None:
     def speed(config: RunConfig) -> float:
         if twist == "qlora is faster":
             return speed_of(config) * (1.6 if config.method == "qlora" else 1.0)
+        if twist == "checkpointing is free":
+            gain = {"full": 1.5, "every_2": 1.3, "every_4": 1.15, "off": 1.0}
+            return speed_of(config) * gain[config.checkpointing]
         return speed_of(config) * (1.6 if config.micro_batch == 1 else 1.0)
 
     device = Device(spec, speed=speed)
@@ -90,6 +95,21 @@ def test_what_runs_out_of_memory_is_left_for_the_next_best(spec: Spec, tmp_path:
     # The search had left the smaller micro-batch out, for the larger one was expected to fit.
     assert (plan.chosen.config.method, plan.chosen.config.micro_batch) == ("lora", 2)
     assert speed(plan.chosen.config) >= device.fastest(spec) / 1.02
+    lost = [c for c in plan.rejected if c.measured is not None]
+    # Every arm of LoRA that was tried, and each says so.
+    assert {c.reason for c in lost if c.config.method == "lora"} == {"ran: out of memory"}
+
+
+def test_an_arm_that_runs_out_of_memory_is_left_for_another(spec: Spec, tmp_path: Path) -> None:
+    def too_large(config: RunConfig) -> bool:
+        return config.method == "lora" and config.checkpointing == "off"
+
+    device = Device(spec, too_large=too_large)
+
+    plan = plan_with(device, tmp_path)
+
+    assert not too_large(plan.chosen.config)
+    assert speed_of(plan.chosen.config) >= device.fastest(spec) / 1.02
     lost = [c for c in plan.rejected if c.measured is not None]
     assert [c.reason for c in lost if c.config.method == "lora"] == ["ran: out of memory"]
 

@@ -90,7 +90,7 @@ def test_half_of_the_steps_tell_the_other_half(steps: list[Observation], half: i
     assert statistics.median(errors) <= statistics.median(error(roofline, o) for o in others) / 2
     intervals = [time_of(model, o).interval for o in others]
     within = [i.low <= o.step_s <= i.high for i, o in zip(intervals, others, strict=True)]
-    assert sum(within) >= 0.65 * len(others)
+    assert sum(within) >= 0.75 * len(others)
 
 
 # A device whose truth is known -------------------------------------------------------------------
@@ -157,8 +157,8 @@ def test_probes_that_disagree_widen_the_deviation(bound: str) -> None:
         for stray in (0.0, 0.1, 0.3)
     ]
 
-    assert deviations[-1] == max(deviations)
-    assert deviations[-1] > 1.1 * deviations[0]
+    assert deviations == sorted(deviations)
+    assert deviations[-1] > 1.5 * deviations[0]
 
 
 def test_more_probes_narrow_the_deviation() -> None:
@@ -268,8 +268,8 @@ def test_a_step_of_many_small_kernels_takes_what_the_host_takes() -> None:
     assert model.time(configure(), little.times(1)).value == time.value
     more_to_compute = Work(launches=10_000, matmul_flops=1e11, bytes_moved=1e8)
     assert model.time(configure(), more_to_compute).value == pytest.approx(time.value, rel=0.01)
-    # A usual host: 0.37 s for 10 thousand launches by Python in TRL, less by others.
-    assert time.value == pytest.approx(1.4 * (0.008 + 10_000 * 2.56e-5), rel=0.05)
+    # A usual host: 0.33 s for 10 thousand launches by Python in TRL, less by others.
+    assert time.value == pytest.approx(1.4 * (0.0072 + 10_000 * 2.304e-5), rel=0.05)
 
 
 def test_who_launches_decides_what_the_host_pays() -> None:
@@ -287,9 +287,9 @@ def test_who_launches_decides_what_the_host_pays() -> None:
 def test_each_micro_batch_costs_the_host_its_share() -> None:
     model, work = ThroughputModel.roofline(H100), Work(launches=10)
 
-    one, nine = (model.time(configure(accumulation=n), work).value for n in (1, 9))
+    one, nine = (model.time(configure(accumulation=n), work.times(n)).value for n in (1, 9))
 
-    assert nine == pytest.approx(9 * one, rel=0.05)
+    assert nine == pytest.approx(9 * one, rel=0.02)
 
 
 def device_seconds(model: ThroughputModel, precision: str, **work: float) -> float:
@@ -314,7 +314,7 @@ def test_work_in_32_bits_is_charged_at_the_cards_fp32_rate(term: str) -> None:
 
     assert H100.bf16_tflops is not None
     slower = H100.bf16_tflops / H100.fp32_tflops
-    assert full > 0.45 * slower * half
+    assert full > 0.6 * slower * half
     # What is counted in 32 bits already is not slowed down once more by the precision.
     assert device_seconds(model, "fp32", **{f"fp32_{term}": 1e15}) == full
 

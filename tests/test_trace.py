@@ -381,6 +381,14 @@ def test_a_thin_factor_waits_for_memory() -> None:
     assert adapters(256).matmul_flops > adapters(8).matmul_flops
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_bitsandbytes_updates_each_tensor_with_a_launch_of_its_own(optimizer: str) -> None:
+    layers, products, factors = WIDE.num_layers or 0, 7, 2
+
+    assert work_of(optimizer=optimizer).custom_launches == layers * products * factors
+    assert work_of(optimizer="adamw_torch_fused").custom_launches == 0
+
+
 def test_launches_are_put_down_to_who_issues_them() -> None:
     plain, checkpointed = work_of(), work_of(checkpointing="full")
     packed, compiled = work_of(method="qlora"), work_of(compile="layers")
