@@ -93,7 +93,10 @@ def make_plan(
         if server is not None:
             server.close()
     if study_file is not None:
-        write_study(study_file, study, plan)
+        try:
+            write_study(study_file, study, plan)
+        except AdvisorError as error:  # what the plan was probed for is not lost with the study
+            say(f"the search's study is not kept: {error}")
     return plan
 
 

@@ -501,9 +501,9 @@ def test_a_plan_for_a_card_that_is_not_here(run: Run, tiny: str, tmp_path: Path)
     assert plan["probes"] == 0
     assert plan["spec"]["vram_bytes"] == 8 * GIB
 
-    text = run(*words).out
-    assert "(not here: predicted)" in text
-    assert "a prediction, not measured" in text
+    ran = run(*words)
+    assert (ran.code, "(not here: predicted)" in ran.out) == (0, True), ran.err
+    assert "a prediction, not measured" in ran.out
 
 
 # A kill in the middle of a probe -----------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from made_up_device import Device, plan_with
 from traced_once import save_figures, share_traces
 
-from lora_advisor.advisor.study_file import check_study_file
+from lora_advisor.advisor.study_file import check_study_file, write_study
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import DataError, OutputError, StackError
 from lora_advisor.probes.machine import GIB, cpu_machine, detect_stack
@@ -88,6 +88,29 @@ def test_another_plan_adds_another_study(device: Device, file: Path) -> None:
     second = plan_with(device, file.parent, study_file=file, seq_len=1024)
 
     assert [len(study.trials) for study in studies(file)] == [first.trials, second.trials]
+
+
+def test_plans_of_the_same_second_are_two_studies(device: Device, file: Path) -> None:
+    study, plan = optuna.create_study(), plan_with(device, file.parent)
+    for _ in range(3):
+        write_study(file, study, plan)
+
+    assert len(studies(file)) == 3
+
+
+def test_a_plan_is_not_lost_with_its_study(device: Device, file: Path) -> None:
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "expected to gain" in line:  # probing is over: someone takes the place away
+            file.parent.rmdir()
+            file.parent.touch()
+
+    plan = plan_with(device, file.parent.parent, study_file=file, say=say)
+
+    assert plan.chosen.measured is not None
+    assert any("study is not kept" in line and "studies.db" in line for line in said)
 
 
 @pytest.fixture
