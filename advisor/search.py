@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ def search(
     if (os.cpu_count() or 1) >= _MANY_CORES:  # where cores are idle, before the bisection asks
         predictor.prepare(_telling(space, plain))
     look_at(plain)
-    varied = _varied_choices(space, rank(seen.that("fits"), objective))
+    varied = _varied_choices(space, rank(seen.that("fits"), objective), seen, predictor.cap_bytes)
     predictor.prepare(_legal_ones(space, varied))
     look_at(varied)
     study.optimize(run, n_trials=free_trials)
@@ -216,23 +217,52 @@ def _plain_choices(space: Space) -> list[dict[str, Any]]:
     return [choice for choice in choices if _legal(space, choice) is not None]
 
 
-def _varied_choices(space: Space, best: Sequence[Candidate]) -> list[dict[str, Any]]:
+def _varied_choices(
+    space: Space, best: Sequence[Candidate], seen: _Seen, cap_bytes: int
+) -> list[dict[str, Any]]:
     """Return the best arms with one more knob changed, larger micro-batches included."""
     choices = []
-    size = _size_knob(space)
     arms: list[RunConfig] = []
     for candidate in best:
-        arm = candidate.config.replace(**{size: 2}, accumulation=1)
+        arm = candidate.config.replace(**{seen.size: 2}, accumulation=1)
         if arm in arms or len(arms) == _ARMS_VARIED:
             continue
         arms.append(arm)
         known = {knob: getattr(candidate.config, knob) for knob in space.axes}
-        # As large as it is, or the next size: a knob that saves memory may make room for that.
-        larger = sorted(n for n in space.axes[size] if n >= known[size])[:2]
         for knob, everywhere in _EVERYWHERE.items():
             for value in space.axes[knob][everywhere:]:
-                choices += [{**known, knob: value, size: step} for step in reversed(larger)]
+                changed = {**known, knob: value}
+                choices += [
+                    {**changed, seen.size: size}
+                    for size in _sizes_to_try(space, candidate.config, changed, seen, cap_bytes)
+                ]
     return choices
+
+
+def _sizes_to_try(
+    space: Space, config: RunConfig, changed: dict[str, Any], seen: _Seen, cap_bytes: int
+) -> list[int]:
+    """Return at which sizes a changed knob may be worth something, the largest first.
+
+    As large as the configuration is, or the next size, if the knob can make room for that: another
+    optimizer saves no more than the states of this one.
+    """
+    size: int = changed[seen.size]
+    same, next_ = [size], sorted(n for n in space.axes[seen.size] if n > size)[:1]
+    other = config.replace(checkpointing=changed["checkpointing"])
+    if other.checkpointing != config.checkpointing:
+        keeps_more = (other.checkpoint_every or math.inf) > (config.checkpoint_every or math.inf)
+        return same if keeps_more else next_
+    if changed["precision"] != config.precision:
+        return same
+    if changed["optimizer"] != config.optimizer and next_:
+        larger = _legal(space, {**changed, "optimizer": config.optimizer, seen.size: next_[0]})
+        failed = None if larger is None else seen.candidates.get(larger)
+        if failed is not None:
+            memory = failed.prediction.memory
+            if memory.needed_bytes - memory.components.get("optimizer", 0) > cap_bytes:
+                return same
+    return next_ + same
 
 
 def _bisection(values: Sequence[int]) -> list[int]:

@@ -36,7 +36,8 @@ def write_study(path: Path, study: optuna.Study, plan: Plan) -> None:
         for candidate in (plan.chosen, *plan.runners_up, *plan.rejected)
         if candidate.measured is not None
     }
-    now = datetime.now(UTC).isoformat(timespec="microseconds")  # plans of one second are two studies
+    # Two plans of one second are two studies.
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
     spec = plan.spec
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

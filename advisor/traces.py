@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ from lora_advisor.probes.trace_batch import Batch, trace_quietly
 if TYPE_CHECKING:
     from lora_advisor.probes.interpolate import Size
 
-#: Traces that must be spared for a fork server to be worth its start, which imports for 7 s.
+#: Traces that must be spared for a fork server to be worth its start, which imports for 7 s, in a
+#: process that has imported the libraries itself.
 _WORTH_A_SERVER = 5
 #: From here on a step does the same things whatever the micro-batch: TRL's loss takes tiles of 4096
 #: tokens (trl/kernels/chunked_logprob.py), bitsandbytes changes kernels below.
@@ -144,10 +146,13 @@ class TraceStore:
     def _trace_together(self, missing: Sequence[RunConfig]) -> None:
         """Trace in forks, where that is sooner; what cannot be traced is told when asked for."""
         cores = os.cpu_count() or 1
-        if len(missing) < 2 or cores < 2:
+        if not missing or cores < 2:
+            return
+        imported = _has_imported()  # else what is imported there need not be imported here
+        if len(missing) < 2 and (imported or self.server is None):
             return
         if self.server is None:
-            if len(missing) * (1 - 1 / cores) < _WORTH_A_SERVER:
+            if imported and len(missing) * (1 - 1 / cores) < _WORTH_A_SERVER:
                 return
             self.server = ForkServer(offline=self.architecture.weights is None)
         batch = Batch(tuple(missing), self.architecture, self.capability)
@@ -238,6 +243,11 @@ class TraceStore:
         (low, first), (high, last) = known[0], known[-1]
         share = (config.micro_batch - low) / (high - low)
         return between(self.traces[first], self.traces[last], share=share)
+
+
+def _has_imported() -> bool:
+    """Whether this process has imported what a trace needs, which takes 5 s."""
+    return "transformers.trainer" in sys.modules
 
 
 def resized(config: RunConfig, size: Size) -> RunConfig:

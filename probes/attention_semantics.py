@@ -85,8 +85,13 @@ def backward_workspace(
     return (batch * heads * length * 4, batch * heads * length * width * 4 * sums)
 
 
-def attention_patch(capability: str | None) -> Any:
-    """Send the calls that find no fused kernel on the card to the unfused one."""
+def attention_patch(capability: str | None, precision: str) -> Any:
+    """Send the calls that find no fused kernel on the card to the unfused one.
+
+    Args:
+        capability: Of the card.
+        precision: What the step stands for: "fp16" is traced in bf16, which older cards lack.
+    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -103,9 +108,12 @@ def attention_patch(capability: str | None) -> Any:
     ) -> Any:
         # Autocast casts before the kernel is chosen.
         casts = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if casts else query.dtype
+        if precision == "fp16" and dtype == torch.bfloat16:
+            dtype = torch.float16
         kernel = kernel_of(
             (tuple(query.shape), tuple(key.shape)),
-            torch.get_autocast_dtype("cpu") if casts else query.dtype,
+            dtype,
             masked=attn_mask is not None,
             capability=capability,
         )

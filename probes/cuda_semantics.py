@@ -176,7 +176,7 @@ def cuda_semantics(
         for patch in _optimizer_patches():
             replace(patch)
         replace(cuda_autocast())
-        replace(attention_patch(capability))
+        replace(attention_patch(capability, precision))
         # Trainer begins with `free_memory` (accelerate/accelerator.py), which ends in this.
         replace(mock.patch.object(memory, "clear_device_cache", lambda *_, **__: empty_cache()))
         if config.fp32_upcast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,7 +74,11 @@ class Work:
 
     def amounts(self) -> tuple[float, ...]:
         """Return the terms in order."""
-        return dataclasses.astuple(self)
+        amounts: tuple[float, ...] = _amounts(self)
+        return amounts
+
+
+_amounts = operator.attrgetter(*(field.name for field in dataclasses.fields(Work)))
 
 
 @dataclass(frozen=True, eq=False)

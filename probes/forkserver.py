@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,6 +57,7 @@ class ForkServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._ready = False
         self._buffer = b""
+        self._end: Any = None
         if hasattr(os, "fork") and sys.platform == "linux":
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "lora_advisor.probes.forkserver", str(os.getpid())],
@@ -65,6 +67,7 @@ class ForkServer:
                 env=environment,
                 start_new_session=True,
             )
+            self._end = weakref.finalize(self, _end, self._process)
 
     def __enter__(self) -> Self:
         """Return the server."""
@@ -76,15 +79,9 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server and, with it, a fork that still runs."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        self._process = None
+        if self._end is not None:
+            self._end()
 
     def start(
         self, request_file: Path, answer_file: Path, log_file: Path, *, job: str = "probe"
@@ -203,6 +200,15 @@ class Fork:
         return None
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
 def serve(parent_pid: int) -> int:
     """Import the libraries, then fork a worker for each line of stdin until it ends."""
     from lora_advisor.probes import worker
@@ -293,6 +299,9 @@ def _import_everything() -> None:
             "lora_advisor.probes.weights", "lora_advisor.probes.finetune",
             "lora_advisor.probes.dataset", "lora_advisor.probes.extend",
             "lora_advisor.probes.cuda_semantics", "lora_advisor.probes.compiled_semantics",
+            "lora_advisor.probes.kernel_costs", "peft.tuners.lora.bnb",
+            "peft.utils.transformers_weight_conversion", "transformers.integrations.bitsandbytes",
+            "torch.profiler._cupti_monitor", "torch._subclasses.schema_check_mode",
         ):  # fmt: skip
             with contextlib.suppress(Exception):
                 __import__(name)

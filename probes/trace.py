@@ -79,6 +79,7 @@ def trace_step(
         raise _refusal(architecture.name, error) from error
     finally:
         gc.collect()
+        gc.freeze()  # what the first trace imported, and what is kept
 
 
 def _refusal(name: str, error: Exception) -> UsageError:
@@ -352,9 +353,11 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
     ) -> Any:
         """Run one operation and note what it allocates."""
         from lora_advisor.probes.cuda_semantics import answer, writes_in_place
-        from lora_advisor.probes.kernel_costs import describe
+        from lora_advisor.probes.kernel_costs import NO_KERNELS, describe
 
         kwargs = kwargs or {}
+        if getattr(func, "namespace", None) in NO_KERNELS:
+            return func(*args, **kwargs)
         cost = describe(func, args, kwargs, self.capability)
         result = answer(func, args, kwargs)
         if self.phase == "backward" and writes_in_place(func, args):
@@ -366,8 +369,10 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
             self._note(result)
             for block in temporaries:
                 self.release(block)
-        place = (self.phase, self.layer)
-        self.work[place] = self.work.get(place, Work()) + self._issued(func, cost.work(result))
+        done = self.work.setdefault((self.phase, self.layer), Work())
+        work = cost.work(result)
+        if work.launches:
+            self.work[self.phase, self.layer] = done + self._issued(func, work)
         self._note(result)
         return result
 

@@ -361,6 +361,17 @@ def test_work_counts_attention_by_hand() -> None:
     assert work_of(checkpointing="full").attention_flops == layers * 9 * scores
 
 
+def test_attention_of_a_card_that_lacks_bf16() -> None:
+    turing = {"capability": "7.5"}
+    half, brain = work_of(precision="fp16", **turing), work_of(precision="bf16", **turing)
+
+    # fp16 is traced in bf16, which finds no fused kernel there; fp16 itself does.
+    assert half.efficient_attention_flops == work_of().attention_flops
+    assert (half.attention_flops, brain.attention_flops) == (0, 0)
+    assert brain.efficient_attention_flops == 0
+    assert brain.bytes_moved > half.bytes_moved  # of all scores
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_work_in_32_bits_is_apart(precision: str) -> None:
     work, half = work_of(precision=precision), work_of()
