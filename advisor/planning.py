@@ -94,7 +94,7 @@ def make_plan(
             server.close()
     if study_file is not None:
         try:
-            write_study(study_file, study, plan)
+            write_study(study_file, study, plan, session.predictor.results)
         except AdvisorError as error:  # what the plan was probed for is not lost with the study
             say(f"the search's study is not kept: {error}")
     return plan

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_advisor.advisor.arms import short_form
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import DataError, OutputError, StackError
 from lora_advisor.probes.machine import GIB, Machine, Stack
-from lora_advisor.probes.plan import Candidate, Plan
+from lora_advisor.probes.plan import Plan
+from lora_advisor.probes.record import ProbeResult
 
 if TYPE_CHECKING:
     import optuna
@@ -20,8 +23,17 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-def write_study(path: Path, study: optuna.Study, plan: Plan) -> None:
+def write_study(
+    path: Path, study: optuna.Study, plan: Plan, results: Sequence[ProbeResult]
+) -> None:
     """Add a plan's study to a file, with what was measured beside what was predicted.
+
+    Args:
+        path: The file.
+        study: The search's.
+        plan: What it came to.
+        results: Probes behind it; the last one of a configuration counts, and a probe of fewer
+            micro-batches a step stands for all that share it.
 
     Raises:
         DataError: The file is no file of studies, or of another format version.
@@ -31,11 +43,7 @@ def write_study(path: Path, study: optuna.Study, plan: Plan) -> None:
     import optuna
 
     check_study_file(path, plan.machine, plan.stack)
-    measured = {
-        candidate.config: candidate
-        for candidate in (plan.chosen, *plan.runners_up, *plan.rejected)
-        if candidate.measured is not None
-    }
+    measured = {result.config: result for result in results}
     # Two plans of one second are two studies.
     now = datetime.now(UTC).isoformat(timespec="microseconds")
     spec = plan.spec
@@ -111,11 +119,12 @@ def _attributes(machine: Machine, stack: Stack, plan: Plan) -> dict[str, Any]:
 
 
 def _with_measured(
-    trial: optuna.trial.FrozenTrial, measured: dict[RunConfig, Candidate]
+    trial: optuna.trial.FrozenTrial, measured: Mapping[RunConfig, ProbeResult]
 ) -> optuna.trial.FrozenTrial:
-    config = trial.user_attrs.get("config")
-    candidate = None if config is None else measured.get(RunConfig.from_json(config))
-    if candidate is not None and candidate.measured is not None:
-        trial.user_attrs["measured"] = candidate.measured.outcome
-        trial.user_attrs["measured_tokens_per_s"] = candidate.measured.tokens_per_s
+    if "config" in trial.user_attrs:
+        config = RunConfig.from_json(trial.user_attrs["config"])
+        result = measured.get(config) or measured.get(short_form(config))
+        if result is not None:
+            trial.user_attrs["measured"] = result.outcome
+            trial.user_attrs["measured_tokens_per_s"] = result.tokens_per_s
     return trial

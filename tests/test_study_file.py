@@ -93,7 +93,7 @@ def test_another_plan_adds_another_study(device: Device, file: Path) -> None:
 def test_plans_of_the_same_second_are_two_studies(device: Device, file: Path) -> None:
     study, plan = optuna.create_study(), plan_with(device, file.parent)
     for _ in range(3):
-        write_study(file, study, plan)
+        write_study(file, study, plan, ())
 
     assert len(studies(file)) == 3
 
