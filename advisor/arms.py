@@ -19,13 +19,17 @@ def short_form(config: RunConfig) -> RunConfig:
 def code_of(config: RunConfig) -> tuple[Any, ...]:
     """Return what decides which code runs, whatever it runs on and with how much."""
     return (
-        config.trainer, config.method, config.kernels, config.compile, config.checkpointing,
+        config.trainer, config.method, config.kernels, config.adapter, config.compile,
+        config.checkpointing,
     )  # fmt: skip
 
 
 def arm_of(config: RunConfig) -> tuple[Any, ...]:
     """Return what decides how fast a configuration is beside its size."""
-    return (config.method, config.kernels, config.compile, config.checkpointing, config.precision)
+    return (
+        config.method, config.kernels, config.adapter, config.compile, config.checkpointing,
+        config.precision,
+    )  # fmt: skip
 
 
 def describe(config: RunConfig) -> str:
@@ -40,6 +44,8 @@ def describe(config: RunConfig) -> str:
     ]
     if config.kernels != "none":
         parts.append(config.kernels)
+    if config.adapter != "peft":
+        parts.append(f"{config.adapter} adapter")
     if config.compile != "off":
         parts.append(f"compiled {config.compile}")
     if config.optimizer != "adamw_torch_fused":

@@ -41,6 +41,7 @@ KNOBS = {
     "checkpointing": "off, full, every_N or offload",
     "attention": "sdpa, eager or flash_attention_2",
     "kernels": "none or liger",
+    "adapter": "peft, or fused: one function for a product and its adapter",
     "compile": "off, layers or model",
     "allocator": "default or expandable_segments",
 }

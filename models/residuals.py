@@ -20,6 +20,7 @@ _ALIKE: dict[str, tuple[tuple[Any, ...], float]] = {
     "method": (words.METHODS, 0.6),
     "attention": (words.ATTENTIONS, 0.5),
     "kernels": (words.KERNELS, 0.5),
+    "adapter": (words.ADAPTERS, 0.7),
     "compile": (words.COMPILES, 0.5),
     "precision": (words.PRECISIONS, 0.8),
     "loss": (words.LOSSES, 0.8),

@@ -18,7 +18,7 @@ def lora_config(config: RunConfig, model: Any) -> Any:
     assert shape is not None
     targets = shape.targets if isinstance(shape.targets, str) else list(shape.targets)
     routers = _routers(model) if targets == "all-linear" else []
-    return LoraConfig(
+    adapters = LoraConfig(
         r=shape.r,
         lora_alpha=shape.alpha,
         lora_dropout=shape.dropout,
@@ -27,6 +27,11 @@ def lora_config(config: RunConfig, model: Any) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
+    if config.adapter == "fused":
+        from lora_advisor.probes.fused_adapter import fused_layers
+
+        adapters._register_custom_module(fused_layers())
+    return adapters
 
 
 def _routers(model: Any) -> list[str]:

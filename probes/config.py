@@ -29,6 +29,7 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 KERNELS = ("none", "liger")
 LOSSES = ("full", "fused")
+ADAPTERS = ("peft", "fused")
 COMPILES = ("off", "layers", "model")
 ALLOCATORS = ("default", "expandable_segments")
 
@@ -123,6 +124,7 @@ class RunConfig:
         loss: "full" (logits of all tokens at once) or "fused" (in tiles, never all at once).
         fp32_upcast: Whether peft's prepare_model_for_kbit_training is applied.
         lora: The adapter; null for method "full".
+        adapter: Whose code multiplies with it: "peft", or "fused" (`probes/fused_adapter.py`).
         compile: "off", "layers" (each decoder layer) or "model".
         allocator: "default" or "expandable_segments".
         packing: Whether short rows share a sequence.
@@ -145,6 +147,7 @@ class RunConfig:
     loss: str
     fp32_upcast: bool = False
     lora: LoraShape | None = None
+    adapter: str = "peft"
     compile: str
     allocator: str
     packing: bool = False
@@ -182,6 +185,7 @@ class RunConfig:
         check_word("attention", self.attention, ATTENTIONS)
         check_word("kernels", self.kernels, KERNELS)
         check_word("loss", self.loss, LOSSES)
+        check_word("adapter", self.adapter, ADAPTERS)
         check_word("compile", self.compile, COMPILES)
         check_word("allocator", self.allocator, ALLOCATORS)
         for name in ("fp32_upcast", "packing", "group_by_length"):
@@ -212,6 +216,8 @@ class RunConfig:
                 )
         elif not isinstance(self.lora, LoraShape):
             raise UsageError(f"`lora` must be given with method {self.method!r}.")
+        if self.adapter == "fused":
+            self._check_fused_adapter()
         if self.trainer == "trl" and self.loss == "full":
             raise UsageError(
                 '`loss` must be "fused" with trainer "trl": SFTTrainer (TRL 1.15 and later) always '
@@ -238,6 +244,20 @@ class RunConfig:
             raise UsageError(
                 '`attention` "flash_attention_2" needs precision "bf16" or "fp16": the kernel has '
                 "no fp32 form."
+            )
+
+    def _check_fused_adapter(self) -> None:
+        if self.lora is None:
+            raise UsageError('`adapter` must be "peft" with method "full", which trains none.')
+        if self.lora.dropout:
+            raise UsageError(
+                '`adapter` "fused" needs `lora.dropout` 0, for it has no dropout, but got '
+                f'{self.lora.dropout!r}; use adapter "peft".'
+            )
+        if self.trainer not in ("trl", "transformers"):
+            raise UsageError(
+                f'`adapter` must be "peft" with trainer {self.trainer!r}: "fused" multiplies as '
+                'autocast does, which only "trl" and "transformers" use.'
             )
 
     @property
@@ -273,13 +293,14 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, every field written out.
 
-        `group_by_length`, which older programs do not know, only stands there where it is true.
+        What older programs do not know only stands there where it is not as they take it to be.
         """
         data: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
-        if not self.group_by_length:
-            del data["group_by_length"]
+        for name, usual in (("group_by_length", False), ("adapter", "peft")):
+            if data[name] == usual:
+                del data[name]
         data["lora"] = None if self.lora is None else self.lora.to_json()
         return data
 

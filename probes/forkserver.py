@@ -299,8 +299,9 @@ def _import_everything() -> None:
             "lora_advisor.probes.weights", "lora_advisor.probes.finetune",
             "lora_advisor.probes.dataset", "lora_advisor.probes.extend",
             "lora_advisor.probes.cuda_semantics", "lora_advisor.probes.compiled_semantics",
-            "lora_advisor.probes.kernel_costs", "peft.tuners.lora.bnb",
-            "peft.utils.transformers_weight_conversion", "transformers.integrations.bitsandbytes",
+            "lora_advisor.probes.kernel_costs", "lora_advisor.probes.fused_adapter",
+            "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion",
+            "transformers.integrations.bitsandbytes",
             "torch.profiler._cupti_monitor", "torch._subclasses.schema_check_mode",
         ):  # fmt: skip
             with contextlib.suppress(Exception):

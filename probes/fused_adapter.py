@@ -1,0 +1,167 @@
+"""peft's LoRA layers with one autograd function for a frozen product and its adapter.
+
+What peft's own forward pass spends beside the products themselves is left out: the input cast to
+the adapter's fp32 and back (peft/tuners/lora/layer.py, `_cast_input_dtype`), a clone of the output
+of 4-bit weights (lora/bnb.py), the scaled update and its sum with the output as tensors of their
+own, and as many passes over them backward. The adapter is added to the output in place instead, and
+so is its part of the input's gradient. Parameters, names and files are peft's; where a layer does
+anything else (dropout, merged or several adapters, variants) peft's forward pass runs.
+
+torch and peft are imported with this module, which `adapters.py` does when it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import layer as peft_layer
+
+#: x W' + s x A' B', with W frozen: gradients of the input and of both factors.
+_Gradients = tuple[torch.Tensor | None, ...]
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """The product with a frozen weight and its adapter, in the dtype of autocast."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        factor_a: torch.Tensor,
+        factor_b: torch.Tensor,
+        scaling: float,
+        layer: Any,
+    ) -> torch.Tensor:
+        """Return (..., out) of (..., in).
+
+        Args:
+            ctx: autograd's.
+            x: Input, (..., in).
+            factor_a: (rank, in).
+            factor_b: (out, rank).
+            scaling: alpha / rank.
+            layer: The frozen layer, 16 or 32 bits or 4-bit; its weight gets no gradient.
+        """
+        dtype = _compute_dtype(x)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        a, b = factor_a.to(dtype), factor_b.to(dtype)
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        output = _product(rows, layer, bias)
+        inner = rows @ a.t()
+        output.addmm_(inner, b.t(), alpha=scaling)
+        ctx.save_for_backward(rows, inner, factor_a, factor_b)
+        ctx.scaling, ctx.layer, ctx.shape, ctx.dtype = scaling, layer, x.shape, x.dtype
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> _Gradients:
+        """Return the gradients of input and factors; each factor's in its own dtype."""
+        rows, inner, factor_a, factor_b = ctx.saved_tensors
+        wanted, dtype = ctx.needs_input_grad, rows.dtype
+        outer = gradients[0].reshape(-1, gradients[0].shape[-1]).to(dtype)
+        into = (outer @ factor_b.to(dtype)).mul_(ctx.scaling)
+        of_x = of_a = of_b = None
+        if wanted[2]:
+            of_b = (outer.t() @ inner).mul_(ctx.scaling).to(factor_b.dtype)
+        if wanted[1]:
+            of_a = (into.t() @ rows).to(factor_a.dtype)
+        if wanted[0]:
+            of_x = outer @ _weight(ctx.layer, dtype)
+            of_x.addmm_(into, factor_a.to(dtype))
+            of_x = of_x.view(ctx.shape).to(ctx.dtype)
+        return of_x, of_a, of_b, None, None
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return what autocast multiplies in; without it, the input's dtype."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _product(rows: torch.Tensor, layer: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return a frozen layer's output, a tensor of its own."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return torch.nn.functional.linear(rows, layer.weight.to(rows.dtype), bias)
+    import bitsandbytes
+
+    output: torch.Tensor = bitsandbytes.matmul_4bit(
+        rows, layer.weight, quant_state=state, bias=bias
+    )
+    return output
+
+
+def _weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return a frozen layer's weight, (out, in), dequantised where it is in 4 bits."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        weight: torch.Tensor = layer.weight
+        return weight.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    dequantised: torch.Tensor = dequantize_4bit(layer.weight, state)
+    return dequantised.to(dtype)
+
+
+class _Fused:
+    """A LoRA layer of peft whose plain case is one function."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return what peft's forward pass returns."""
+        peft: Any = self
+        name = _sole_plain_adapter(peft)
+        if name is None or args or kwargs:
+            output: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            return output
+        factors = (peft.lora_A[name].weight, peft.lora_B[name].weight)
+        apply: Any = _AdaptedProduct.apply
+        adapted: torch.Tensor = apply(x, *factors, peft.scaling[name], peft.base_layer)
+        return adapted
+
+
+def _sole_plain_adapter(layer: Any) -> str | None:
+    """Return the name of a layer's only active adapter; None where there is more to do."""
+    names = layer.active_adapters
+    if layer.disable_adapters or layer.merged or len(names) != 1:
+        return None
+    name: str = names[0]
+    plain = (
+        _multiplies_only(layer.base_layer)
+        and name in layer.lora_A
+        and name not in layer.lora_variant
+        and isinstance(layer.lora_dropout[name], torch.nn.Identity)
+        and layer.lora_B[name].bias is None
+    )
+    return name if plain else None
+
+
+def _multiplies_only(layer: Any) -> bool:
+    """Whether a frozen layer does no more than its kind: nobody put a forward pass of his own."""
+    known = getattr(layer.weight, "quant_state", None) is not None
+    return "forward" not in vars(layer) and (
+        known or type(layer).forward is torch.nn.Linear.forward
+    )
+
+
+class FusedLinear(_Fused, peft_layer.Linear):  # type: ignore[misc] # peft leaves forward untyped
+    """peft's layer on torch.nn.Linear."""
+
+
+def fused_layers() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+    """Return the layer of peft for each frozen one, as peft takes them."""
+    layers: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
+    try:
+        from bitsandbytes.nn import Linear4bit as FrozenLinear4bit
+        from peft.tuners.lora.bnb import Linear4bit
+    except ImportError:  # without bitsandbytes there are no 4-bit weights either
+        pass
+    else:
+
+        class FusedLinear4bit(_Fused, Linear4bit):  # type: ignore[misc]
+            """peft's layer on 4-bit weights."""
+
+        layers[FrozenLinear4bit] = FusedLinear4bit  # before torch.nn.Linear, which it is too
+    layers[torch.nn.Linear] = FusedLinear
+    return layers
