@@ -122,7 +122,9 @@ def _config_rows(config: RunConfig) -> list[tuple[str, str]]:
         ("optimizer", config.optimizer),
         (
             "kernels",
-            config.kernels + (f", compiled {config.compile}" if config.compile != "off" else ""),
+            config.kernels
+            + (f", {config.adapter} adapter" if config.adapter != "peft" else "")
+            + (f", compiled {config.compile}" if config.compile != "off" else ""),
         ),
         *([] if batching_of(config) == "random" else [("rows", batching_of(config))]),
         ("trainer", f"{config.trainer}, {config.loss} loss"),

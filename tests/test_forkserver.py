@@ -91,8 +91,9 @@ def test_a_probe_through_the_server_is_like_one_without(server: ForkServer, tmp_
     assert (forked.outcome, forked.detail) == (alone.outcome, alone.detail) == ("ok", None)
     for name in ("trainable", "tokens_per_step", "attention_backend"):
         assert getattr(forked, name) == getattr(alone, name) is not None
-    assert forked.step_s is not None and alone.step_s is not None
-    assert alone.step_s / 5 < forked.step_s < 5 * alone.step_s
+    # The quickest steps: whatever else runs on this machine disturbs some.
+    quickest = min(alone.step_times_s)
+    assert quickest / 5 < min(forked.step_times_s) < 5 * quickest
     # What a fork is for: it has its imports already.
     assert forked.startup_s is not None and alone.startup_s is not None
     assert forked.startup_s < alone.startup_s / 2
