@@ -19,8 +19,8 @@ def short_form(config: RunConfig) -> RunConfig:
 def code_of(config: RunConfig) -> tuple[Any, ...]:
     """Return what decides which code runs, whatever it runs on and with how much."""
     return (
-        config.trainer, config.method, config.kernels, config.adapter, config.compile,
-        config.checkpointing,
+        config.stage, config.trainer, config.method, config.kernels, config.adapter,
+        config.compile, config.checkpointing,
     )  # fmt: skip
 
 
@@ -37,7 +37,8 @@ def describe(config: RunConfig) -> str:
     parts = [
         config.method,
         config.precision,
-        f"{config.micro_batch} x {config.seq_len} x {config.accumulation}",
+        f"{config.micro_batch}{' pairs' if config.stage == 'dpo' else ''} x {config.seq_len} x "
+        f"{config.accumulation}",
         {"off": "no checkpointing", "full": "checkpointing"}.get(
             config.checkpointing, f"checkpointing {config.checkpointing}"
         ),

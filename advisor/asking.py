@@ -34,6 +34,7 @@ from lora_advisor.probes.spec import Spec
 
 #: Knobs of RunConfig that an option of the same name fixes, with the words it takes.
 KNOBS = {
+    "stage": "sft, or dpo on preference pairs",
     "trainer": "trl, transformers or loop",
     "method": "lora, qlora or full",
     "precision": "bf16, fp16 or fp32",

@@ -115,7 +115,8 @@ def _config_rows(config: RunConfig) -> list[tuple[str, str]]:
         ("method", config.method + (quantised if config.method == "qlora" else "")),
         (
             "batch",
-            f"{config.micro_batch} x {config.accumulation} accumulation, {config.seq_len} tokens",
+            f"{config.micro_batch} {'pairs ' if config.stage == 'dpo' else ''}x "
+            f"{config.accumulation} accumulation, {config.seq_len} tokens",
         ),
         ("precision", config.precision),
         ("checkpointing", config.checkpointing),

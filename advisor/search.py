@@ -183,10 +183,10 @@ def _telling(space: Space, choices: Sequence[dict[str, Any]]) -> list[RunConfig]
     They are all small ones, in which the step does things of its own, and two of the others.
     """
     configs = _legal_ones(space, choices)
-    sizes = sorted({(c.micro_batch, c.seq_len) for c in configs}, key=lambda s: (s[0] * s[1], s))
-    regular = [size for size in sizes if size[0] * size[1] >= REGULAR_TOKENS]
+    sizes = sorted({(c.tokens, c.micro_batch, c.seq_len) for c in configs})
+    regular = [size for size in sizes if size[0] >= REGULAR_TOKENS]
     asked = {*(size for size in sizes if size not in regular), *regular[:2]}
-    return [c for c in configs if (c.micro_batch, c.seq_len) in asked]
+    return [c for c in configs if (c.tokens, c.micro_batch, c.seq_len) in asked]
 
 
 def _size_knob(space: Space) -> str:

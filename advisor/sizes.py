@@ -72,8 +72,9 @@ class SizeMap:
         if self.config.trainer == "trl":
             bounds.insert(-1, REGULAR_TOKENS)
         window = self.store.architecture.hf_config.get("sliding_window") or math.inf
+        each = self.config.sequences // self.config.micro_batch
         parts = [
-            [s for s in sizes if low < s[0] * s[1] <= high and (s[1] < window) == below]
+            [s for s in sizes if low < each * s[0] * s[1] <= high and (s[1] < window) == below]
             for low, high in itertools.pairwise(bounds)
             for below in (True, False)
         ]

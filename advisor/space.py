@@ -79,6 +79,7 @@ def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -
     """
     excluded: list[tuple[str, str]] = []
     axes: dict[str, tuple[Any, ...]] = {
+        "stage": ("sft",),
         "trainer": ("trl",),
         "method": ("lora", "qlora"),
         "micro_batch": tuple(
@@ -154,6 +155,7 @@ def _setting(knob: str, value: Any) -> str:
 
 #: What a knob may be set to instead, the usual first.
 _VALUES: dict[str, tuple[Any, ...]] = {
+    "stage": ("sft", "dpo"),
     "trainer": ("trl", "transformers"),
     "method": ("lora", "qlora"),
     "precision": ("bf16", "fp16", "fp32"),
@@ -229,12 +231,15 @@ def _exclude(
 def baseline_config(spec: Spec, precision: str) -> RunConfig:
     """Return what most tutorials run: Trainer, QLoRA after prepare_model_for_kbit_training, 2 rows.
 
-    It keeps the user's sequence length, effective batch and adapter.
+    Preference pairs have TRL's trainer there. It keeps the user's stage, sequence length, effective
+    batch and adapter.
     """
     micro_batch = 2 if spec.effective_batch % 2 == 0 else 1
+    stage = spec.fixed.get("stage", "sft")
     return RunConfig(
         model=spec.model,
-        trainer="transformers",
+        stage=stage,
+        trainer="trl" if stage == "dpo" else "transformers",
         method="qlora",
         micro_batch=micro_batch,
         accumulation=spec.effective_batch // micro_batch,
@@ -244,7 +249,7 @@ def baseline_config(spec: Spec, precision: str) -> RunConfig:
         checkpointing="full",
         attention=_attention(spec),
         kernels="none",
-        loss="full",
+        loss="fused" if stage == "dpo" else "full",
         fp32_upcast=True,
         lora=LoraShape(r=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=spec.targets),
         compile="off",

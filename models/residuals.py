@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 #: Correlation of what is unexplained of two configurations that differ in one knob only. What
 #: changes the code that runs says little of the other way; what changes the optimizer, nearly all.
 _ALIKE: dict[str, tuple[tuple[Any, ...], float]] = {
+    "stage": (words.STAGES, 0.7),
     "trainer": (words.TRAINERS + words.FOREIGN_TRAINERS, 0.7),
     "method": (words.METHODS, 0.6),
     "attention": (words.ATTENTIONS, 0.5),

@@ -20,6 +20,7 @@ from lora_advisor.probes.checks import (
 )
 from lora_advisor.probes.errors import UsageError
 
+STAGES = ("sft", "dpo")
 TRAINERS = ("trl", "transformers", "loop")
 #: Engines whose rows are read from records but whose steps are not built here.
 FOREIGN_TRAINERS = ("unsloth",)
@@ -107,12 +108,14 @@ class RunConfig:
 
     Attributes:
         model: Bundled name, folder, path of a config.json, or hub id.
+        stage: "sft", or "dpo": preference pairs and TRL's DPOTrainer. A micro-batch then counts
+            pairs, each of which is two sequences.
         trainer: "trl" (SFTTrainer), "transformers" (Trainer) or "loop" (a bare PyTorch loop without
             autocast that keeps its outputs until the next step).
         method: "lora", "qlora" or "full".
         quant_type: Type of the 4-bit base weights: "nf4" or "fp4"; null without quantisation.
         double_quant: Whether the quantisation constants are quantised too; null without.
-        micro_batch: Sequences in one forward pass.
+        micro_batch: Sequences (of stage "dpo": pairs) in one forward pass.
         accumulation: Micro-batches in one optimizer step.
         seq_len: Tokens in one sequence, padding included.
         optimizer: A name of transformers' OptimizerNames.
@@ -132,6 +135,7 @@ class RunConfig:
     """
 
     model: str
+    stage: str = "sft"
     trainer: str = "trl"
     method: str
     quant_type: str | None = None
@@ -157,6 +161,7 @@ class RunConfig:
         """Fill the defaults that depend on the method, then refuse every illegal combination."""
         if not isinstance(self.model, str) or not self.model:
             raise UsageError(f"`model` must be a name or a path, but got {self.model!r}.")
+        check_word("stage", self.stage, STAGES)
         check_word("trainer", self.trainer, TRAINERS + FOREIGN_TRAINERS)
         check_word("method", self.method, METHODS)
         if self.method == "qlora":
@@ -218,6 +223,8 @@ class RunConfig:
             raise UsageError(f"`lora` must be given with method {self.method!r}.")
         if self.adapter == "fused":
             self._check_fused_adapter()
+        if self.stage == "dpo":
+            self._check_preference()
         if self.trainer == "trl" and self.loss == "full":
             raise UsageError(
                 '`loss` must be "fused" with trainer "trl": SFTTrainer (TRL 1.15 and later) always '
@@ -260,10 +267,32 @@ class RunConfig:
                 'autocast does, which only "trl" and "transformers" use.'
             )
 
+    def _check_preference(self) -> None:
+        for name, wanted, why in (
+            ("trainer", "trl", "it is TRL's DPOTrainer that trains on pairs"),
+            ("packing", False, "TRL does not pack pairs"),
+            ("group_by_length", False, "pairs are not grouped by length"),
+        ):
+            if getattr(self, name) != wanted:
+                raise UsageError(
+                    f'`{name}` must be {wanted} with stage "dpo" ({why}), but got '
+                    f"{getattr(self, name)!r}."
+                )
+        if self.method == "full":
+            raise UsageError(
+                '`method` must be "lora" or "qlora" with stage "dpo": the reference is the model '
+                "without its adapter, and full fine-tuning would need a second model."
+            )
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in one micro-batch; a pair is two."""
+        return self.micro_batch * (2 if self.stage == "dpo" else 1)
+
     @property
     def tokens(self) -> int:
         """Tokens in one micro-batch, padding included."""
-        return self.micro_batch * self.seq_len
+        return self.sequences * self.seq_len
 
     @property
     def tokens_per_step(self) -> int:
@@ -298,7 +327,7 @@ class RunConfig:
         data: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
-        for name, usual in (("group_by_length", False), ("adapter", "peft")):
+        for name, usual in (("group_by_length", False), ("adapter", "peft"), ("stage", "sft")):
             if data[name] == usual:
                 del data[name]
         data["lora"] = None if self.lora is None else self.lora.to_json()

@@ -21,7 +21,8 @@ from lora_advisor.probes.config import RunConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-#: Rows are tokenised: {"input_ids": [...], "labels": [...]} with -100 where no loss is taken.
+#: Rows are tokenised: {"input_ids": [...], "labels": [...]} with -100 where no loss is taken; those
+#: of stage "dpo" are `preference.COLUMNS`.
 Row = Mapping[str, list[int]]
 
 
@@ -146,7 +147,9 @@ def build_trainer(
             layer.compile(dynamic=False)
     arguments = training_arguments(config, schedule, device=device)
     with _quiet_deprecations():
-        if config.trainer == "trl":
+        if config.stage == "dpo":
+            trainer = _dpo_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
+        elif config.trainer == "trl":
             trainer = _trl_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
         else:
             trainer = _plain_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
@@ -192,6 +195,31 @@ def _trl_trainer(
         eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
         processing_class=tokenizer,
         peft_config=None if config.method == "full" else lora_config(config, model),
+        callbacks=list(callbacks),
+    )
+    return trainer
+
+
+def _dpo_trainer(
+    config: RunConfig,
+    model: PreTrainedModel,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    schedule: Schedule,
+    arguments: dict[str, Any],
+    callbacks: Sequence[Any],
+) -> Trainer:
+    from trl import DPOConfig
+
+    from lora_advisor.probes.preference import preference_trainer
+
+    trainer: Trainer = preference_trainer()(
+        model=model,
+        args=DPOConfig(**arguments, max_length=config.seq_len, pad_to_multiple_of=_padding(config)),
+        train_dataset=_dataset(rows),
+        eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
+        processing_class=tokenizer,
+        peft_config=lora_config(config, model),
         callbacks=list(callbacks),
     )
     return trainer
@@ -295,7 +323,7 @@ def decoder_layers(model: Any) -> list[Any]:
 def _dataset(rows: Sequence[Row]) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
+    return Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
 
 
 def _bfloat16() -> Any:

@@ -31,6 +31,7 @@ from lora_advisor.probes.finetune import (
     decoder_layers,
     padding_tokenizer,
 )
+from lora_advisor.probes.preference import as_trained
 from lora_advisor.probes.weights import fill, loaded_bytes, skeleton, weights_dtype
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _trace(
         trainer: Any = build_trainer(
             config,
             model,
-            rows=[{"input_ids": [0, 0], "labels": [0, 0]}],
+            rows=as_trained(config, [{"input_ids": [0, 0], "labels": [0, 0]}]),
             tokenizer=padding_tokenizer(vocab_size),
             schedule=Schedule(max_steps=2),
             device="cpu",
@@ -191,7 +192,7 @@ def _fake_batch(trainer: Any, config: RunConfig) -> dict[str, Any]:
     from torch.utils._python_dispatch import _disable_current_modes
 
     with _disable_current_modes(), unset_fake_temporarily():
-        rows = random_rows(config.micro_batch, config.seq_len, 4)
+        rows = as_trained(config, random_rows(config.micro_batch, config.seq_len, 4))
         if config.packing:
             half = config.seq_len // 2
             rows = [{**row, "seq_lengths": [half, config.seq_len - half]} for row in rows]

@@ -178,6 +178,7 @@ def _trainer(request: Request, model: Any, watch: Stopwatch, output_dir: Path) -
 
     from lora_advisor.probes.dataset import random_rows
     from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
+    from lora_advisor.probes.preference import as_trained
 
     class Timer(TrainerCallback):
         """Tells the stopwatch of each step."""
@@ -199,10 +200,13 @@ def _trainer(request: Request, model: Any, watch: Stopwatch, output_dir: Path) -
     return build_trainer(
         config,
         model,
-        rows=random_rows(
-            documents * steps * config.micro_batch * config.accumulation,
-            config.seq_len // documents,
-            vocab_size,
+        rows=as_trained(
+            config,
+            random_rows(
+                documents * steps * config.micro_batch * config.accumulation,
+                config.seq_len // documents,
+                vocab_size,
+            ),
         ),
         tokenizer=padding_tokenizer(vocab_size),
         schedule=Schedule(max_steps=steps, output_dir=str(output_dir)),

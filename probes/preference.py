@@ -1,0 +1,46 @@
+"""Preference pairs: the rows of stage "dpo", and TRL's trainer on rows that are tokens already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer
+
+    from lora_advisor.probes.config import RunConfig
+    from lora_advisor.probes.finetune import Row
+
+#: What a row of pairs holds: prompt and both completions, as tokens.
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def as_trained(config: RunConfig, rows: Sequence[Row]) -> Sequence[Row]:
+    """Return full rows as a configuration trains them: as they are, or as pairs.
+
+    A pair's completions are as long as the row, behind a prompt of one token, so that nearly all
+    tokens have a loss: the worst case.
+    """
+    if config.stage != "dpo":
+        return rows
+    return [
+        {
+            "prompt_ids": row["input_ids"][:1],
+            "chosen_ids": row["input_ids"][1:],
+            "rejected_ids": row["input_ids"][:0:-1],
+        }
+        for row in rows
+    ]
+
+
+def preference_trainer() -> type[DPOTrainer]:
+    """Return TRL's DPOTrainer, which would tokenise rows itself, for rows that are tokens."""
+    from trl import DPOTrainer
+
+    class PreferenceTrainer(DPOTrainer):  # type: ignore[misc] # TRL ships no types
+        """DPOTrainer on tokenised rows (`COLUMNS`)."""
+
+        def _prepare_dataset(self, dataset: object, *_: object, **__: object) -> object:
+            return dataset
+
+    return PreferenceTrainer
