@@ -35,6 +35,8 @@ _EVERYWHERE = {
     "optimizer": 1, "precision": 1, "attention": 1, "allocator": 1, "trainer": 1, "checkpointing": 3
 }  # fmt: skip
 _ARMS_VARIED = 2
+#: Excess of what may fit by its size and yet is not said to.
+_NOT_SAID_TO_FIT = 1e-3
 #: From this many cores on, what the bisection may ask for is traced before it asks.
 _MANY_CORES = 8
 
@@ -125,7 +127,11 @@ def search(
     seen = _Seen(size)
 
     def run(trial: optuna.Trial) -> float:
-        choice = {k: trial.suggest_categorical(k, list(v)) for k, v in space.axes.items()}
+        # A knob of one value is none to a sampler, nor to who looks at the study.
+        choice = {
+            k: v[0] if len(v) == 1 else trial.suggest_categorical(k, list(v))
+            for k, v in space.axes.items()
+        }
         progress(trial.number + 1)
         config = _legal(space, choice)
         if config is None or seen.settles(config):
@@ -134,7 +140,7 @@ def search(
         if candidate is None:
             candidate = predictor.candidate(config)
             seen.add(candidate)
-        trial.set_constraint("memory", _excess(candidate, predictor.limit_bytes))
+        trial.set_constraint("memory", _excess(candidate, predictor))
         _note(trial, candidate)
         return score(candidate, objective)
 
@@ -277,9 +283,11 @@ def _bisection(values: Sequence[int]) -> list[int]:
     return order
 
 
-def _excess(candidate: Candidate, limit_bytes: int) -> float:
-    """How far the bound of the process is above the limit, as a share of it; negative within."""
-    return candidate.prediction.memory.process_upper_bytes / limit_bytes - 1
+def _excess(candidate: Candidate, predictor: Predictor) -> float:
+    """How far what must be free is above the limit, as a share of it; 0 or less where it fits."""
+    most = predictor.memory.most_bytes(candidate.config, candidate.prediction.memory)
+    share = most / predictor.limit_bytes - 1
+    return share if candidate.prediction.verdict == "fits" else max(share, _NOT_SAID_TO_FIT)
 
 
 def score(candidate: Candidate, objective: str) -> float:

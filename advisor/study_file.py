@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +55,9 @@ def write_study(
             study_name=f"{spec.model}, {spec.vram_bytes / GIB:g} GiB, {spec.seq_len} tokens, {now}",
             directions=study.directions,
         )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            kept.set_metric_names([spec.objective])
         for name, value in _attributes(plan.machine, plan.stack, plan).items():
             kept.set_user_attr(name, value)
         kept.add_trials([_with_measured(trial, measured) for trial in study.trials])
@@ -121,6 +125,9 @@ def _attributes(machine: Machine, stack: Stack, plan: Plan) -> dict[str, Any]:
 def _with_measured(
     trial: optuna.trial.FrozenTrial, measured: Mapping[RunConfig, ProbeResult]
 ) -> optuna.trial.FrozenTrial:
+    if trial.constraints:
+        # Where optuna-dashboard 0.21 looks for them (_serializer.py, `CONSTRAINTS_KEY`).
+        trial.system_attrs["constraints"] = list(trial.constraints.values())
     if "config" in trial.user_attrs:
         config = RunConfig.from_json(trial.user_attrs["config"])
         result = measured.get(config) or measured.get(short_form(config))

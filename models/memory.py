@@ -160,6 +160,14 @@ class MemoryModel:
             evidence="probed" if self.probes else "traced",
         )
 
+    def most_bytes(self, config: RunConfig, memory: MemoryPrediction) -> float:
+        """Return what a card must have free for a run to be said to fit."""
+        upper = self.needed_upper + (_COMPILED_UPPER if config.compile != "off" else 0.0)
+        most = memory.needed_bytes * (1 + upper)
+        if config.allocator == "default":
+            most = max(most, memory.reserved_bytes)
+        return most + self.context.upper_bytes
+
     def verdict(self, config: RunConfig, memory: MemoryPrediction, limit_bytes: int) -> str:
         """Say whether a run fits a card's memory less the reserve.
 
@@ -170,13 +178,9 @@ class MemoryModel:
         not bounded by the trace: a whole model, and 4-bit layers, of which one torch keeps three
         times what another does.
         """
-        upper = self.needed_upper + (_COMPILED_UPPER if config.compile != "off" else 0.0)
-        most = memory.needed_bytes * (1 + upper)
-        if config.allocator == "default":
-            most = max(most, memory.reserved_bytes)
         packed = config.compile == "layers" and config.method == "qlora"
         bounded = config.compile != "model" and not packed
-        if most + self.context.upper_bytes <= limit_bytes and bounded:
+        if self.most_bytes(config, memory) <= limit_bytes and bounded:
             return "fits"
         least = memory.needed_bytes * (1 - TRACED_NEEDED_LOWER) + self.context.value_bytes
         return "does not fit" if least > limit_bytes else "uncertain"

@@ -79,6 +79,14 @@ def test_optuna_opens_the_study_and_finds_what_was_measured(device: Device, file
     assert measured[plan.chosen.config] == plan.chosen.tokens_per_s
     assert len(measured) > 1
     assert all(speed == pytest.approx(device.speed(config)) for config, speed in measured.items())
+    assert study.metric_names == ["tokens_per_s"]
+    # What the study calls its best is something that fits.
+    assert study.best_trial.user_attrs["verdict"] == "fits"
+    assert all(
+        trial.system_attrs["constraints"] == [trial.constraints["memory"]]
+        for trial in study.trials
+        if trial.value
+    )
     # Every trial that was looked at says what the models said.
     assert all(trial.user_attrs["verdict"] == "fits" for trial in study.trials if trial.value)
 
