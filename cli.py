@@ -1,10 +1,11 @@
 """The command line: parse, call the library, print. Heavy imports stand inside the commands.
 
-Exit codes: 0 done, or `fit`: fits; 1 nothing fits, or `fit`: does not fit; 2 `fit`: uncertain; 64 a
-word, number or combination that is not legal; 65 a file that does not hold what it must; 66 a file
-or model that is not there; 69 a package or device this machine lacks; 70 an error of our own; 73 a
-place that cannot be written; 75 the GPU is in use; 78 a plan of another machine or stack; 130
-interrupted.
+Exit codes: 0 done, or `fit`: fits; 1 nothing fits, or `fit`: does not fit; 2 `fit`: uncertain; 3
+`train`: a guard stopped it, for the loss leapt or was no number; 64 a word, number or combination
+that is not legal; 65 a file that does not hold what it must; 66 a file or model that is not there;
+69 a package or device this machine lacks; 70 an error of our own; 73 a place that cannot be
+written; 75 the GPU is in use; 78 a plan of another machine or stack; 130 interrupted; 143 `train`:
+asked to stop by SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -24,20 +25,19 @@ from lora_advisor.advisor.asking import (
     machine_of,
     spec_of,
     trace_cache,
-    training_device,
     vram_bytes,
 )
 from lora_advisor.advisor.bench_command import bench
+from lora_advisor.advisor.data_command import data_group
+from lora_advisor.advisor.merge_command import merge
 from lora_advisor.advisor.options import (
     accumulation_option,
     knob_options,
     map_options,
     model_options,
 )
+from lora_advisor.advisor.train_command import train
 from lora_advisor.probes.errors import AdvisorError, UsageError
-
-if TYPE_CHECKING:
-    from lora_advisor.advisor.outcome import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _quiet_libraries() -> None:
     """Keep the libraries' notices off the answer; errors stay."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in ("bitsandbytes", "transformers", "torch", "accelerate", "datasets", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -94,12 +95,16 @@ def group() -> None:
       lora-advisor plan --model ./my-model --data chat.jsonl --vram 8 --out plan.json
       lora-advisor fit --model qwen2.5-7b --seq 2048 --vram 8
       lora-advisor compare --model llama-2-7b --gpu a100-80gb
+      lora-advisor data inspect chat.jsonl --model ./my-model
       lora-advisor train plan.json --data chat.jsonl --output runs/first
       lora-advisor bench --vram 8
     """
 
 
 group.add_command(bench)
+group.add_command(train)
+group.add_command(merge)
+group.add_command(data_group)
 
 
 @group.command()
@@ -109,7 +114,7 @@ group.add_command(bench)
     "--data",
     type=click.Path(path_type=Path),
     default=None,
-    help="Training data (JSONL, JSON or CSV): gives the time it takes, and --seq.",
+    help="Training data, as `data inspect` reads it: gives the time it takes, and --seq.",
 )
 @click.option(
     "--seq",
@@ -265,94 +270,6 @@ def compare(**options: Any) -> int:
 
 
 @group.command()
-@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Training data (default: the plan's).",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Folder for checkpoints, the adapter and result.json.",
-)
-@click.option(
-    "--epochs", type=float, default=None, help="Passes over the data (default: the plan's)."
-)
-@click.option("--max-steps", type=int, default=None, help="Optimizer steps instead of epochs.")
-@click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="Its peak.")
-@click.option(
-    "--holdout",
-    type=float,
-    default=0.1,
-    show_default=True,
-    help="Share of the rows to evaluate on and never train on.",
-)
-@click.option(
-    "--save-steps", type=int, default=50, show_default=True, help="Steps between checkpoints."
-)
-@click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of hold-out, order and adapter."
-)
-@click.option("--restart", is_flag=True, help="Begin anew where an interrupted run would go on.")
-@click.option(
-    "--ignore-stack",
-    is_flag=True,
-    help="Use a plan that was made with other versions or elsewhere.",
-)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def train(plan_file: Path, **options: Any) -> int:  # fmt: skip
-    """Train with a plan to the end; an interrupted run goes on where it was.
-
-    \b
-    Example:
-      lora-advisor train plan.json --data chat.jsonl --output runs/first
-    """
-    from lora_advisor.probes.plan import read_plan
-
-    made = read_plan(plan_file)
-    device = training_device(made, ignore=options["ignore_stack"])
-    data = options["data"] or (None if made.spec.data is None else Path(made.spec.data))
-    if data is None:
-        raise UsageError("`--data` must be given: the plan names no data.")
-    if made.chosen.config.allocator == "expandable_segments" and device == "cuda":
-        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    from lora_advisor.advisor.report import training_text
-    from lora_advisor.advisor.training import Predicted
-    from lora_advisor.advisor.training import train as run_training
-
-    result = run_training(
-        made.chosen.config,
-        made.architecture,
-        data,
-        options["output"],
-        device=device,
-        cap_bytes=made.cap_bytes if device == "cuda" else None,
-        epochs=options["epochs"] if options["epochs"] is not None else made.spec.epochs,
-        max_steps=options["max_steps"],
-        learning_rate=options["learning_rate"],
-        holdout=options["holdout"],
-        save_steps=options["save_steps"],
-        seed=options["seed"],
-        resume=not options["restart"],
-        predicted=Predicted(
-            padded_tokens_per_s=made.chosen.tokens_per_s,
-            peak_bytes=made.chosen.measured.process_bytes
-            if made.chosen.measured is not None
-            else made.chosen.prediction.memory.process_bytes,
-            train_seconds=None,
-        ),
-        progress=_progress,
-    )
-    click.echo(json.dumps(result.to_json()) if options["as_json"] else training_text(result))
-    return 0
-
-
-@group.command()
 @click.argument("cases", metavar="CASES.jsonl", type=click.Path(path_type=Path))
 @click.option("--gpu", default=None, help="The card (default: the one here, else rtx-4060).")
 @click.option(
@@ -409,12 +326,6 @@ def doctor(show_cards: bool, as_json: bool) -> int:
 
 def _say(line: str) -> None:
     click.echo(line, err=True)
-
-
-def _progress(state: Progress) -> None:
-    from lora_advisor.advisor.report import progress_text
-
-    _say(progress_text(state))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_advisor.advisor.lengths import length_counts
@@ -9,12 +10,18 @@ from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.dataset import read_examples
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.plan import DataSummary
-from lora_advisor.probes.tokens import length_quantiles, load_tokenizer, tokenize
+from lora_advisor.probes.tokens import cut, encode, length_quantiles, load_tokenizer
 
 #: The proposed length covers this share of the rows, in steps of 64 tokens, up to the ceiling.
-_COVERED = 0.99
+COVERED = 0.99
 _STEP = 64
 _CEILING = 2048
+
+
+def covering_length(lengths: Sequence[int]) -> int:
+    """Return the sequence length that `plan` proposes for rows of these lengths."""
+    covering = length_quantiles(lengths, (COVERED,))[COVERED]
+    return min(_CEILING, -(-covering // _STEP) * _STEP)
 
 
 def summarise(
@@ -32,12 +39,10 @@ def summarise(
             "give --model as a folder or a hub id."
         )
     examples = read_examples(path)
-    tokenizer = load_tokenizer(architecture)
+    encoded = encode(examples, load_tokenizer(architecture))
     if seq_len is None:
-        whole = tokenize(examples, tokenizer, _CEILING)
-        covering = length_quantiles(whole.lengths, (_COVERED,))[_COVERED]
-        seq_len = min(_CEILING, -(-covering // _STEP) * _STEP)
-    data = tokenize(examples, tokenizer, seq_len)
+        seq_len = covering_length([len(row.ids) for row in encoded])
+    data = cut(examples, encoded, seq_len)
     summary = DataSummary(
         path=str(path),
         rows=len(data.rows),

@@ -1,7 +1,7 @@
 """What one pass over rows of given lengths comes to, as the trainers make micro-batches of them.
 
 Both trainers pad a micro-batch to its longest row, not to the sequence length (`Collator` of
-probes/dataset.py, DataCollatorForLanguageModeling of TRL). Packed rows are not padded at all: TRL
+probes/collator.py, DataCollatorForLanguageModeling of TRL). Packed rows are not padded at all: TRL
 lays those of a micro-batch end to end.
 """
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from lora_advisor.advisor.guards import HeldOut, Stop
+from lora_advisor.advisor.known_rows import KnownRows
+from lora_advisor.advisor.likelihood import Likelihood
+from lora_advisor.advisor.recovery import Recovery
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.machine import Stack
 
@@ -69,6 +73,7 @@ class Progress:
         padded_tokens_per_s: The same with padding.
         peak_bytes: As in `Measured`, so far.
         seconds_left: Time the steps that are left will take, at the pace of the last ones.
+        power_w: Power of the board, in watts; None without a card that tells.
     """
 
     step: int
@@ -78,6 +83,20 @@ class Progress:
     padded_tokens_per_s: float
     peak_bytes: int | None
     seconds_left: float
+    power_w: float | None = None
+
+
+#: Fields that result.json has had since after its first version.
+_LATER = ("likelihood", "known", "evaluations", "overfit", "stop", "recoveries")
+
+#: How the fields are read that may be None.
+_OPTIONAL: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "predicted": lambda data: Predicted(**data),
+    "likelihood": lambda data: Likelihood(**data),
+    "known": lambda data: KnownRows(**data),
+    "overfit": Stop.from_json,
+    "stop": Stop.from_json,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +125,13 @@ class TrainingResult:
         resumed_from_step: Step the last process went on from; None if it began at 0.
         predicted: What the plan promised; None without a plan.
         measured: What came of it.
+        likelihood: The hold-out under the base and the tuned model, row by row; None without a
+            hold-out, or where the base model's figures are lost.
+        known: Rows that the base model knew by heart; None if none were looked at.
+        evaluations: The hold-out's loss while training and at its end.
+        overfit: What showed over-fitting, whether or not it ended the training; None for nothing.
+        stop: Why a guard ended the training; None if it went through.
+        recoveries: Where memory ran out, and how it went on.
     """
 
     config: RunConfig
@@ -128,6 +154,12 @@ class TrainingResult:
     resumed_from_step: int | None
     predicted: Predicted | None
     measured: Measured
+    likelihood: Likelihood | None = None
+    known: KnownRows | None = None
+    evaluations: tuple[HeldOut, ...] = ()
+    overfit: Stop | None = None
+    stop: Stop | None = None
+    recoveries: tuple[Recovery, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -140,16 +172,20 @@ class TrainingResult:
             adapter=str(self.adapter),
             length_quantiles={str(share): n for share, n in self.length_quantiles.items()},
             losses=[list(pair) for pair in self.losses],
-            predicted=None if self.predicted is None else dataclasses.asdict(self.predicted),
             measured=dataclasses.asdict(self.measured),
+            evaluations=[dataclasses.asdict(held) for held in self.evaluations],
+            recoveries=[recovery.to_json() for recovery in self.recoveries],
         )
+        for name in ("predicted", "likelihood", "known", "overfit", "stop"):
+            data[name] = None if data[name] is None else dataclasses.asdict(data[name])
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read the JSON form."""
-        values = {field.name: data[field.name] for field in dataclasses.fields(cls)}
-        predicted = data["predicted"]
+        fields = [field.name for field in dataclasses.fields(cls)]
+        # What an older version did not know is left at its default.
+        values = {name: data[name] for name in fields if name in data or name not in _LATER}
         values.update(
             config=RunConfig.from_json(data["config"]),
             stack=Stack.from_json(data["stack"]),
@@ -157,7 +193,10 @@ class TrainingResult:
             adapter=Path(data["adapter"]),
             length_quantiles={float(share): n for share, n in data["length_quantiles"].items()},
             losses=tuple((int(step), float(loss)) for step, loss in data["losses"]),
-            predicted=None if predicted is None else Predicted(**predicted),
             measured=Measured(**data["measured"]),
+            evaluations=tuple(HeldOut(**held) for held in data.get("evaluations", ())),
+            recoveries=tuple(Recovery.from_json(at) for at in data.get("recoveries", ())),
         )
+        for name, kind in _OPTIONAL.items():
+            values[name] = None if data.get(name) is None else kind(data[name])
         return cls(**values)

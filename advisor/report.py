@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from tabulate import tabulate
 
 from lora_advisor.advisor.finding import Finding
-from lora_advisor.advisor.outcome import Progress, TrainingResult
 from lora_advisor.probes.batching import batching_of
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
@@ -228,46 +227,6 @@ def _effort(plan: Plan) -> str:
         return text + "; no probe was run: there is no such card here"
     text += f"; {plan.probes} probes in {duration(plan.probing_s)}"
     return text + (f", {plan.reused} earlier ones reused" if plan.reused else "")
-
-
-def progress_text(state: Progress) -> str:
-    """Write how a training stands, in one line."""
-    memory = "" if state.peak_bytes is None else f", peak {gib(state.peak_bytes)}"
-    return (
-        f"step {state.step}/{state.steps}: loss {state.loss:.3f}, "
-        f"{state.tokens_per_s:,.0f} tokens/s"
-        f"{memory}, {duration(state.seconds_left)} left"
-    )
-
-
-def training_text(result: TrainingResult) -> str:
-    """Write what a training came to, predicted beside measured."""
-    measured, predicted = result.measured, result.predicted
-    rows = [
-        [
-            "tokens/s, padding included",
-            _number(predicted.padded_tokens_per_s if predicted else None).replace(
-                "not measured", "unknown"
-            ),
-            _number(measured.padded_tokens_per_s),
-        ],
-        ["tokens/s without padding", "unknown", _number(measured.tokens_per_s)],
-        [
-            "peak of the process",
-            _size(predicted.peak_bytes if predicted else None).replace("not measured", "unknown"),
-            _size(measured.peak_bytes),
-        ],
-        ["time of the steps", "unknown", duration(measured.train_seconds)],
-    ]
-    lines = [f"{result.steps} steps, {result.rows:,} rows, {result.holdout_rows:,} held out"]
-    if result.eval_loss_before is not None and result.eval_loss_after is not None:
-        lines.append(
-            f"held-out loss {result.eval_loss_before:.3f} before, "
-            f"{result.eval_loss_after:.3f} after (nats a token)"
-        )
-    lines += ["", tabulate(rows, headers=["", "predicted", "measured"], disable_numparse=True)]
-    lines += ["", f"adapter in {result.adapter}"]
-    return "\n".join(lines)
 
 
 def doctor_text(findings: Sequence[Finding]) -> str:

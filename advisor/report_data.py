@@ -17,6 +17,11 @@ _BARS, _WIDTH = 8, 40
 _OPTIONS = {"random": "", "grouped": " (--group-by-length)", "packed": " (--packing)"}
 
 
+def percent(share: float) -> str:
+    """Write a share with two digits, or as a whole number from 10 % on."""
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
 def lengths_text(data: DataSummary) -> str:
     """Write how long the rows are: quantiles, what is cut, and a chart."""
     told = ", ".join(
@@ -24,7 +29,7 @@ def lengths_text(data: DataSummary) -> str:
         for share, length in zip(_SHARES, _quantiles(data), strict=True)
     )
     share = data.truncated / data.rows
-    cut = f"{100 * share:.2g} % of the rows are cut" if data.truncated else "no row is cut"
+    cut = f"{percent(share)} of the rows are cut" if data.truncated else "no row is cut"
     chart = tabulate(
         _bars(data),
         headers=["tokens", "rows", ""],

@@ -1,9 +1,14 @@
 """The folder of a training: what was begun there, its checkpoints, and what it came to.
 
-    state.json      what is trained, and the hold-out's loss before; written before the first step
-    checkpoint-N/   the trainer's own; the last two that are complete
-    adapter/        the result
-    result.json     written last: where it stands, the training has ended
+    state.json          what is trained, the hold-out's loss before; written before the first step
+    holdout.json        the hold-out's losses under the base model, row by row
+    flagged-rows.jsonl  rows that the base model knows by heart
+    progress.jsonl      what was reported
+    checkpoint-N/       the trainer's own; at least the last two that are complete
+    best-N/             the model that was best on the hold-out
+    stopped.json        why a guard ended the training
+    adapter/            the result
+    result.json         written last: where it stands, the training has ended
 
 A process may be killed at any time, while a checkpoint is written too. A file is replaced as a
 whole, and a checkpoint counts only if every file that an exact continuation needs can be read.
@@ -21,12 +26,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_advisor.advisor.journal import JOURNAL
 from lora_advisor.probes.errors import OutputError, StackError, UsageError
 
 STATE, RESULT, ADAPTER = "state.json", "result.json", "adapter"
+HOLDOUT, FLAGGED, STOPPED = "holdout.json", "flagged-rows.jsonl", "stopped.json"
 
 #: What transformers' Trainer writes beside the weights; all of it decides how training goes on.
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+#: And with a GradScaler, which there is for fp16 on a GPU (transformers/trainer.py, SCALER_NAME).
+_SCALER = "scaler.pt"
 
 
 @dataclass(kw_only=True)
@@ -48,7 +58,22 @@ class RunFolder:
     @property
     def step(self) -> int:
         """Step of the checkpoint."""
-        return 0 if self.checkpoint is None else _step(self.checkpoint)
+        return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+    @property
+    def has_scaler(self) -> bool:
+        """Whether a GradScaler is part of the training's state."""
+        return _has_scaler(self.state["identity"], self.state["stack"])
+
+    def look_again(self) -> None:
+        """Find the last complete checkpoint, and remove torn ones."""
+        self.checkpoint = last_complete_checkpoint(self.path, scaler=self.has_scaler)
+
+    def checkpoint_until(self, step: int) -> Path | None:
+        """Return the last complete checkpoint of at most so many steps."""
+        found = sorted(self.path.glob("checkpoint-*"), key=step_of, reverse=True)
+        complete = (f for f in found if step_of(f) <= step and is_complete(f, self.has_scaler))
+        return next(complete, None)
 
     def keep(self, **values: Any) -> None:
         """Add to state.json."""
@@ -73,7 +98,7 @@ def open_run_folder(
         StackError: The training there ran on another stack or device.
     """
     _make_writable(path)
-    state = _read_json(path / STATE)
+    state = read_json(path / STATE)
     found = sorted(path.glob("checkpoint-*"))
     if state is None and found:
         raise UsageError(
@@ -82,14 +107,15 @@ def open_run_folder(
         )
     if state is not None and resume:
         _check_same(path, state["identity"], identity)
-        checkpoint = last_complete_checkpoint(path)
+        scaler = _has_scaler(state["identity"], state["stack"])
+        checkpoint = last_complete_checkpoint(path, scaler=scaler)
         if checkpoint is not None:
             _check_stack(path, state["stack"], stack)
-        result = _read_json(path / RESULT)
+        result = read_json(path / RESULT)
         return RunFolder(path=path, state=state, checkpoint=checkpoint, result=result)
-    for name in (RESULT, STATE):  # state.json goes last: it says that the rest is ours
-        if name == STATE:
-            for folder in [*found, path / ADAPTER]:
+    for name in (RESULT, HOLDOUT, FLAGGED, STOPPED, JOURNAL, STATE):
+        if name == STATE:  # it goes last: it says that the rest is ours
+            for folder in [*found, *path.glob("best-*"), path / ADAPTER]:
                 shutil.rmtree(folder, ignore_errors=True)
         (path / name).unlink(missing_ok=True)
     run = RunFolder(path=path, state={}, checkpoint=None, result=None)
@@ -97,25 +123,36 @@ def open_run_folder(
     return run
 
 
-def last_complete_checkpoint(path: Path) -> Path | None:
+def _has_scaler(identity: Mapping[str, Any], stack: Mapping[str, Any]) -> bool:
+    fp16 = identity.get("precision") == "fp16" and identity.get("trainer") != "loop"
+    return fp16 and stack.get("device") == "cuda"
+
+
+def last_complete_checkpoint(path: Path, *, scaler: bool = False) -> Path | None:
     """Return the latest checkpoint that can be gone on from, and remove torn ones."""
     complete = None
-    for folder in sorted(path.glob("checkpoint-*"), key=_step):
-        if is_complete(folder):
+    for folder in sorted(path.glob("checkpoint-*"), key=step_of):
+        if is_complete(folder, scaler):
             complete = folder
         else:
             shutil.rmtree(folder, ignore_errors=True)
     return complete
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file that an exact continuation needs is there and can be read to its end."""
-    state = _read_json(checkpoint / "trainer_state.json")
-    if state is None or state.get("global_step") != _step(checkpoint):
+def is_complete(checkpoint: Path, scaler: bool = False) -> bool:
+    """Whether every file that an exact continuation needs is there and can be read to its end.
+
+    Args:
+        checkpoint: The folder.
+        scaler: Whether the state of a GradScaler is one of them.
+    """
+    state = read_json(checkpoint / "trainer_state.json")
+    if state is None or state.get("global_step") != step_of(checkpoint):
         return False
-    if not all(_is_archive(checkpoint / name) for name in _ARCHIVES):
+    archives = (*_ARCHIVES, _SCALER) if scaler else _ARCHIVES
+    if not all(_is_archive(checkpoint / name) for name in archives):
         return False
-    index = _read_json(checkpoint / "model.safetensors.index.json")
+    index = read_json(checkpoint / "model.safetensors.index.json")
     shards = (
         set() if index is None else {checkpoint / name for name in index["weight_map"].values()}
     )
@@ -152,7 +189,18 @@ def write_json(file: Path, data: Mapping[str, Any]) -> None:
     beside.replace(file)
 
 
-def _read_json(file: Path) -> dict[str, Any] | None:
+def make_durable(folder: Path) -> None:
+    """Have a folder's files on the disk, so that a power loss cannot take them any more."""
+    for path in [*(file for file in folder.rglob("*") if file.is_file()), folder, folder.parent]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """Return the object a file holds; None where there is none that can be read."""
     try:
         data = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError):
@@ -170,7 +218,8 @@ def _make_writable(path: Path) -> None:
         raise OutputError(f"`{path}` must be a folder that can be written, but {error}.") from None
 
 
-def _step(checkpoint: Path) -> int:
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer steps of a checkpoint by its name; -1 for another name."""
     match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
     return int(match[1]) if match else -1
 

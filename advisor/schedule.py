@@ -26,6 +26,10 @@ class Settings:
     seed: int
     save_steps: int
     eval_batch: int | None
+    eval_steps: int | None = None
+    warmup_steps: int | None = None
+    check_rows: int | None = None
+    drop_known: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
@@ -41,15 +45,30 @@ class Settings:
             raise UsageError(f"`save_steps` must be at least 1, but got {self.save_steps!r}.")
         if self.eval_batch is not None and self.eval_batch < 1:
             raise UsageError(f"`eval_batch` must be at least 1, but got {self.eval_batch!r}.")
+        if self.eval_steps is not None and self.eval_steps < 1:
+            raise UsageError(f"`eval_steps` must be at least 1, but got {self.eval_steps!r}.")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise UsageError(f"`warmup_steps` must be at least 0, but got {self.warmup_steps!r}.")
+        if self.check_rows is not None and self.check_rows < 0:
+            raise UsageError(f"`check_rows` must be at least 0, but got {self.check_rows!r}.")
 
     def identity(self) -> dict[str, float | int | None]:
-        """Return what decides the weights that come out."""
+        """Return what decides the weights that come out; what is left at its default is left out.
+
+        The older settings are there always, as state.json has them.
+        """
+        later: dict[str, int | None] = {}
+        if self.warmup_steps is not None:
+            later["warmup_steps"] = self.warmup_steps
+        if self.drop_known:
+            later.update(drop_known=True, check_rows=self.check_rows)
         return {
             "epochs": self.epochs,
             "max_steps": self.max_steps,
             "learning_rate": self.learning_rate,
             "holdout": self.holdout,
             "seed": self.seed,
+            **later,
         }
 
     def schedule(
@@ -64,7 +83,9 @@ class Settings:
             max_steps=self.max_steps or -1,
             epochs=self.epochs,
             learning_rate=self.learning_rate,
-            warmup_steps=min(WARMUP_CEILING, steps // WARMUP_SHARE),
+            warmup_steps=min(WARMUP_CEILING, steps // WARMUP_SHARE)
+            if self.warmup_steps is None
+            else self.warmup_steps,
             scheduler="linear",
             seed=self.seed,
             shuffle=True,

@@ -24,9 +24,10 @@ _ENTRIES = 4000
 #: measures and records them.
 _MODELS = ("allocator.py", "replayed.py", "traced.py")
 _NOT_TRACING = (
-    "cards.py", "child.py", "energy.py", "exchange.py", "forkserver.py", "machine.py", "meter.py",
-    "nvml.py", "plan.py", "prediction.py", "record.py", "rivals.py", "runner.py", "spec.py",
-    "stopwatch.py", "tokens.py", "trace_batch.py", "worker.py",
+    "cards.py", "child.py", "cutting.py", "energy.py", "exchange.py", "files.py", "forkserver.py",
+    "hub.py", "json_rows.py", "layout.py", "machine.py", "meter.py", "nvml.py", "pairs.py",
+    "plan.py", "prediction.py", "record.py", "rivals.py", "rows.py", "runner.py", "sources.py",
+    "spec.py", "stopwatch.py", "tokens.py", "trace_batch.py", "turns.py", "worker.py",
 )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Train with a configuration to the end: the probes' step, on the user's data.
 
-What is covered: a hold-out evaluated before and after, progress, checkpoints, going on exactly
-after a kill, prediction beside measurement. What is not: several devices, another stage than SFT,
-recovery from a lack of memory. On a CPU the cap is not enforced, only the peak measured.
+What is covered: a hold-out evaluated before, while and after, guards of the loss, checkpoints,
+going on exactly after a kill, going on with a smaller micro-batch where memory runs out, prediction
+beside measurement. What is not: several devices, another stage than SFT. On a CPU the cap is not
+enforced, only the peak measured.
 
 The caller sets what PyTorch reads when it is imported (PYTORCH_ALLOC_CONF for allocator
 "expandable_segments"); the command line does so before it calls `train`.
@@ -10,51 +11,31 @@ The caller sets what PyTorch reads when it is imported (PYTORCH_ALLOC_CONF for a
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
-from lora_advisor.advisor.evaluation import evaluate
+from lora_advisor.advisor.attempt import Attempt
+from lora_advisor.advisor.ending import outcome
+from lora_advisor.advisor.job import Job
+from lora_advisor.advisor.journal import Journal
 from lora_advisor.advisor.outcome import Measured, Predicted, Progress, TrainingResult
-from lora_advisor.advisor.run_folder import ADAPTER, RESULT, RunFolder, open_run_folder, write_json
+from lora_advisor.advisor.preparing import data_figures, identity, prepare, require
+from lora_advisor.advisor.recovery import Recovery, is_recoverable, let_go, release, smaller
+from lora_advisor.advisor.result_files import write_card
+from lora_advisor.advisor.run_folder import RESULT, open_run_folder, write_json
 from lora_advisor.advisor.schedule import Settings
+from lora_advisor.advisor.stopping import Stopper
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.dataset import Examples, read_examples
-from lora_advisor.probes.errors import AdvisorError, OutputError, UnavailableError, UsageError
-from lora_advisor.probes.finetune import Schedule, build_trainer
+from lora_advisor.probes.errors import AdvisorError, OutputError, UnavailableError
 from lora_advisor.probes.machine import detect_stack
-from lora_advisor.probes.meter import Meter, open_meter
-from lora_advisor.probes.tokens import (
-    TokenisedData,
-    TokenRow,
-    check_vocabulary,
-    length_quantiles,
-    load_tokenizer,
-    split_holdout,
-    tokenize,
-)
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, Trainer
-
-    from lora_advisor.advisor.watch import Watch
+from lora_advisor.probes.meter import open_meter
 
 __all__ = ["Measured", "Predicted", "Progress", "TrainingResult", "train"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Data:
-    """The user's data, ready."""
-
-    examples: Examples
-    tokens: TokenisedData
-    tokenizer: PreTrainedTokenizerBase
-    train: Sequence[TokenRow]
-    held: Sequence[TokenRow]
+#: What PyTorch says of a file that cannot be written (caffe2/serialize/inline_container.cc).
+_WRITING_WORDS = ("failed writing file", "unexpected pos")
 
 
 def train(
@@ -68,13 +49,20 @@ def train(
     epochs: float,
     max_steps: int | None = None,
     learning_rate: float = 2e-4,
+    warmup_steps: int | None = None,
     holdout: float = 0.1,
     eval_batch: int | None = None,
+    eval_steps: int | None = None,
+    stop_on_overfit: bool = True,
+    check_rows: int | None = None,
+    drop_known: bool = False,
     save_steps: int = 50,
     seed: int = 0,
     resume: bool = True,
+    tensorboard: bool = False,
     predicted: Predicted | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> TrainingResult:
     """Train, and leave the adapter and result.json in the output folder.
 
@@ -89,208 +77,147 @@ def train(
         epochs: Passes over the data.
         max_steps: Optimizer steps instead of `epochs`.
         learning_rate: Peak of the learning rate, which then falls to 0 linearly.
+        warmup_steps: Steps in which it rises; None for one in twenty, at most ten.
         holdout: Share of the rows to evaluate on and never train on; 0 for none.
         eval_batch: Rows in one evaluation batch; None for the micro-batch.
+        eval_steps: Optimizer steps between two evaluations; None for an epoch.
+        stop_on_overfit: Whether over-fitting ends the training, with the best model so far.
+        check_rows: Training rows to look at for those that the base model knows by heart; None for
+            512, or all where they are dropped; 0 for none.
+        drop_known: Whether not to train on those.
         save_steps: Optimizer steps between two checkpoints.
         seed: Of hold-out, order of the data, adapter and dropout.
         resume: Whether to go on with a training in `output`; else it is removed.
+        tensorboard: Whether to write for TensorBoard too.
         predicted: What the plan promised, to stand beside what came.
         progress: Told how it goes, about once a second.
+        say: Told what has happened, in one sentence.
 
     Raises:
         AdvisorError: Of the kind that says what the caller must mend.
+        Interrupted: A signal asked to stop; a checkpoint is there.
+        DivergedError: The loss leapt, or was no number, before there was a checkpoint to keep.
     """
     settings = Settings(
         epochs=epochs,
         max_steps=max_steps,
         learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
         holdout=holdout,
         seed=seed,
         save_steps=save_steps,
         eval_batch=eval_batch,
+        eval_steps=eval_steps,
+        check_rows=check_rows,
+        drop_known=drop_known,
     )
-    _require(config, device)
-    ready = _prepare(config, architecture, data, settings)
+    require(config, device, tensorboard=tensorboard)
+    ready = prepare(config, architecture, data, settings)
     stack = detect_stack()
     run = open_run_folder(
         output,
-        identity=_identity(config, architecture, ready, settings),
+        identity=identity(config, architecture, ready, settings),
         stack={"device": device, **stack.to_json()},
         resume=resume,
     )
     if run.result is not None:
         return TrainingResult.from_json(run.result)
-    schedule = settings.schedule(config, rows=len(ready.train), held=ready.held, output=run.path)
-    try:
-        meter = open_meter(device, cap_bytes)
-        trainer = _build(config, architecture, ready, schedule, device)
-        watch = _watch(trainer, run, meter, progress)
-        _train(trainer, run, has_holdout=bool(ready.held))
-        result = TrainingResult(
+    stopper = Stopper(say)
+    with stopper.listening():
+        job = Job(
             config=config,
-            model=architecture.name,
-            stack=stack,
+            architecture=architecture,
+            ready=ready,
+            settings=settings,
+            run=run,
             device=device,
-            predicted=predicted,
-            measured=watch.measured(),  # before the evaluation, which may take more memory
-            **_data_figures(ready, data),
-            **_outcome(trainer, run, has_holdout=bool(ready.held)),
+            meter=open_meter(device, cap_bytes),
+            journal=Journal(run.path),
+            stopper=stopper,
+            progress=progress,
+            say=say,
+            stop_on_overfit=stop_on_overfit,
+            tensorboard=tensorboard,
         )
-        write_json(run.path / RESULT, result.to_json())
-    except Exception as error:
-        ours = _as_ours(error, config, run)
-        if ours is None:
-            raise
-        raise ours from error
+        try:
+            result = TrainingResult(
+                config=config,
+                model=architecture.name,
+                stack=stack,
+                device=device,
+                predicted=predicted,
+                **_train(job, data),
+            )
+            write_card(result, run.path, settings=settings.identity())
+            write_json(run.path / RESULT, result.to_json())
+        except Exception as error:
+            ours = _as_ours(error, job)
+            if ours is None:
+                raise
+            raise ours from error
     return result
 
 
-def _require(config: RunConfig, device: str) -> None:
-    from lora_advisor.probes.weights import require_packages
+def _train(job: Job, data: Path) -> dict[str, Any]:
+    """Build trainers until one comes to the end."""
+    while True:
+        figures = _attempt(job, data)
+        if figures is not None:
+            return figures
+        release(job.device)
+        job.run.look_again()
 
-    if not config.is_buildable:
-        raise UsageError(f"`trainer` {config.trainer!r} is another engine; train with it there.")
-    require_packages(config, device)
-    if config.allocator == "expandable_segments" and device == "cuda":
-        setting = os.environ.get(
-            "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-        )
-        if "expandable_segments:True" not in setting:
-            raise UsageError(
-                '`allocator` "expandable_segments" must be set before PyTorch is imported; start '
-                "with PYTORCH_ALLOC_CONF=expandable_segments:True."
+
+def _attempt(job: Job, data: Path) -> dict[str, Any] | None:
+    """Return what came of a trainer; None to build another, once nothing names this one."""
+    attempt: Attempt | None = None
+    try:
+        attempt = Attempt(job)
+        if attempt.look_before():
+            return None
+        attempt.train()
+        return {**data_figures(job.ready, data, rows=len(attempt.rows)), **outcome(attempt)}
+    except Exception as error:
+        config = job.config_now
+        less = smaller(config)
+        # A model that does not fit as it is built is not helped by a smaller micro-batch.
+        if attempt is None or less is None or not is_recoverable(error):
+            raise
+        job.run.look_again()
+        job.recovered(
+            Recovery(
+                what="training",
+                after_step=job.run.step,
+                micro_batch=config.micro_batch,
+                new_micro_batch=less.micro_batch,
+                new_accumulation=less.accumulation,
             )
+        )
+        let_go(error)
+    return None
 
 
-def _prepare(
-    config: RunConfig, architecture: Architecture, data: Path, settings: Settings
-) -> _Data:
-    examples = read_examples(data)
-    tokenizer = load_tokenizer(architecture)
-    tokens = tokenize(examples, tokenizer, config.seq_len)
-    check_vocabulary(tokens.rows, architecture)
-    train_rows, held = split_holdout(tokens.rows, settings.holdout, seed=settings.seed)
-    return _Data(examples=examples, tokens=tokens, tokenizer=tokenizer, train=train_rows, held=held)
-
-
-def _identity(
-    config: RunConfig, architecture: Architecture, ready: _Data, settings: Settings
-) -> dict[str, Any]:
-    """Return all that decides the weights that come out, as JSON gives it back."""
-    return {
-        "data": ready.examples.sha256,
-        "architecture": architecture.fingerprint,
-        **settings.identity(),
-        **config.to_json(),
-    }
-
-
-def _build(
-    config: RunConfig, architecture: Architecture, ready: _Data, schedule: Schedule, device: str
-) -> Trainer:
-    from transformers import PrinterCallback, set_seed
-
-    from lora_advisor.probes.weights import load_model
-
-    set_seed(schedule.seed)  # the adapter's start is drawn before the trainer sets its seed
-    trainer = build_trainer(
-        config,
-        load_model(config, architecture, device),
-        rows=ready.train,
-        tokenizer=ready.tokenizer,
-        schedule=schedule,
-        device=device,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def _watch(
-    trainer: Trainer, run: RunFolder, meter: Meter, progress: Callable[[Progress], None]
-) -> Watch:
-    from lora_advisor.advisor.watch import Watch
-
-    def saved(step: int, seconds: float) -> None:
-        run.keep(seconds_at={**run.state["seconds_at"], str(step): seconds})
-
-    watch = Watch(
-        meter,
-        progress=progress,
-        saved=saved,
-        seconds_before=run.state["seconds_at"].get(str(run.step), 0.0),
-    )
-    watch.attach(trainer)
-    trainer.add_callback(watch)
-    return watch
-
-
-def _train(trainer: Trainer, run: RunFolder, *, has_holdout: bool) -> None:
-    """Evaluate, unless an earlier process has, and train the steps that are left."""
-    from transformers import TrainerState, set_seed
-
-    if "eval_loss_before" not in run.state:
-        run.keep(eval_loss_before=evaluate(trainer) if has_holdout else None)
-    if run.checkpoint is None:
-        set_seed(trainer.args.seed)  # the evaluation has drawn numbers, if this process made one
-        trainer.train()
-        return
-    state = TrainerState.load_from_json(str(run.checkpoint / "trainer_state.json"))
-    if state.global_step < state.max_steps:
-        trainer.train(resume_from_checkpoint=str(run.checkpoint))
-    else:  # Trainer would take one more step before it sees that there is none left
-        trainer._load_from_checkpoint(str(run.checkpoint))
-        trainer.state = state
-
-
-def _data_figures(ready: _Data, data: Path) -> dict[str, Any]:
-    return {
-        "data": Path(data),
-        "data_sha256": ready.examples.sha256,
-        "shape": ready.examples.shape,
-        "rows": len(ready.train),
-        "holdout_rows": len(ready.held),
-        "truncated": ready.tokens.truncated,
-        "dropped": ready.tokens.dropped,
-        "length_quantiles": length_quantiles(ready.tokens.lengths),
-    }
-
-
-def _outcome(trainer: Trainer, run: RunFolder, *, has_holdout: bool) -> dict[str, Any]:
-    history = trainer.state.log_history
-    return {
-        "steps": trainer.state.global_step,
-        "losses": tuple((int(log["step"]), float(log["loss"])) for log in history if "loss" in log),
-        "eval_loss_before": run.state["eval_loss_before"],
-        "eval_loss_after": evaluate(trainer) if has_holdout else None,
-        "adapter": _save(trainer, run),
-        "resumed_from_step": run.step or None,
-    }
-
-
-def _save(trainer: Trainer, run: RunFolder) -> Path:
-    """Write the adapter (for method "full": the model) and its tokenizer."""
-    folder, beside = run.path / ADAPTER, run.path / f".{ADAPTER}.new"
-    for old in (folder, beside):
-        shutil.rmtree(old, ignore_errors=True)
-    for part in (trainer.model, trainer.processing_class):
-        cast(Any, part).save_pretrained(str(beside))
-    beside.replace(folder)
-    return folder
-
-
-def _as_ours(error: Exception, config: RunConfig, run: RunFolder) -> AdvisorError | None:
+def _as_ours(error: Exception, job: Job) -> AdvisorError | None:
     """Return what a failure means to the caller: a full disk, a full device; None for a defect."""
     from safetensors import SafetensorError
 
     from lora_advisor.probes.worker import is_out_of_memory
 
+    config, path = job.config_now, job.run.path
     if isinstance(error, AdvisorError):
         return None
     if is_out_of_memory(error):
         return UnavailableError(
             f"the device must have memory for micro_batch {config.micro_batch} of {config.seq_len} "
-            f"tokens, but it ran out; checkpoints are in `{run.path}`; plan again with less --vram."
+            f"tokens, but it ran out; checkpoints are in `{path}`; plan again with less --vram."
         )
-    if isinstance(error, OSError | SafetensorError):
-        return OutputError(f"`{run.path}` must take checkpoints and results, but {error}.")
+    torn = isinstance(error, RuntimeError) and any(word in str(error) for word in _WRITING_WORDS)
+    if torn or isinstance(error, OSError | SafetensorError):
+        job.run.look_again()  # what is torn is removed, which makes room
+        kept = f"checkpoint {job.run.step} is whole" if job.run.step else "there is no checkpoint"
+        reason = str(error).splitlines()[0].rstrip(".")
+        return OutputError(
+            f"`{path}` must take checkpoints and results, but {reason}; {kept}: make room, and the "
+            "same command goes on."
+        )
     return None

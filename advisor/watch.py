@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import perf_counter
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
 from lora_advisor.advisor.outcome import Measured, Progress
-from lora_advisor.probes.meter import Meter
+from lora_advisor.probes.meter import Memory, Meter
 
 #: Seconds between two reports.
 REPORT_S = 1.0
@@ -36,12 +37,15 @@ class Watch(TrainerCallback):
         progress: Callable[[Progress], None],
         saved: Callable[[int, float], None],
         seconds_before: float,
+        power_w: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Take whom to tell; `seconds_before` were spent by processes that were interrupted."""
         self._meter = meter
         self._progress = progress
         self._saved = saved
         self._seconds_before = seconds_before
+        self._power_w = power_w
+        self._peak = Memory()
         self._begin = self._mark = self._reported = perf_counter()
         self._end: float | None = self._begin  # nothing is spent until training begins
         self._tokens = self._padded = 0
@@ -74,6 +78,16 @@ class Watch(TrainerCallback):
         self._end = None
         self._begin = self._mark = self._reported = perf_counter()
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is done within: its time and its memory are no part of the steps."""
+        self._peak = self._memory()
+        start = perf_counter()
+        yield
+        now = perf_counter()
+        self._begin += now - start
+        self._mark += now - start
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note a step, and ask for a report when it is time for one."""
         self._meter.synchronize()
@@ -100,6 +114,7 @@ class Watch(TrainerCallback):
                 tokens_per_s=sum(step[1] for step in recent) / seconds,
                 padded_tokens_per_s=sum(step[2] for step in recent) / seconds,
                 peak_bytes=self._peak_bytes(),
+                power_w=self._power_w(),
                 seconds_left=(state.max_steps - state.global_step) * pace,
             )
         )
@@ -114,13 +129,28 @@ class Watch(TrainerCallback):
         """Stop the clock."""
         self._end = perf_counter()
 
+    def _memory(self) -> Memory:
+        """Return the peaks so far; an evaluation sets those of the allocator back."""
+        now, before = self._meter.memory(), self._peak
+
+        def larger(name: str) -> int | None:
+            both: list[int | None] = [getattr(now, name), getattr(before, name)]
+            sizes = [size for size in both if size is not None]
+            return max(sizes, default=None)
+
+        return Memory(
+            allocated_bytes=larger("allocated_bytes"),
+            reserved_bytes=larger("reserved_bytes"),
+            process_bytes=larger("process_bytes"),
+        )
+
     def _peak_bytes(self) -> int | None:
-        memory = self._meter.memory()
+        memory = self._memory()
         return memory.reserved_bytes if memory.process_bytes is None else memory.process_bytes
 
     def measured(self) -> Measured:
         """Return what was measured, once training has ended."""
-        memory = self._meter.memory()
+        memory = self._memory()
         steps = self._steps[WARMUP_STEPS:]
 
         def median(values: list[float]) -> float | None:

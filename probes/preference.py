@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -42,5 +42,17 @@ def preference_trainer() -> type[DPOTrainer]:
 
         def _prepare_dataset(self, dataset: object, *_: object, **__: object) -> object:
             return dataset
+
+        def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+            # TRL turns checkpointing off for the reference's pass and then on again for every
+            # layer, whatever "every_n_layers" and "offload" say, with one hook more on the
+            # embeddings each time (trl/models/utils.py, `disable_gradient_checkpointing`). Without
+            # gradients checkpointing keeps nothing anyway, so it is told that there is none.
+            asked: Any = self.model
+            asked.is_gradient_checkpointing = False
+            try:
+                return super()._compute_loss(model, inputs, return_outputs)
+            finally:
+                del asked.is_gradient_checkpointing
 
     return PreferenceTrainer

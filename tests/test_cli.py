@@ -231,7 +231,8 @@ def test_a_budget_that_nothing_fits_in_is_exit_code_1(run: Run, tiny: str) -> No
         ("list.jsonl", "[1]\n", 65, "must be a JSON object"),
         ("shape.jsonl", '{"colour": "red"}\n', 65, "a known shape"),
         ("mixed.jsonl", '{"text": "a"}\n{"colour": "red"}\n', 65, "must have the column `text`"),
-        ("rows.parquet", "PAR1", 65, "must end in one of"),
+        ("rows.xlsx", "PAR1", 65, "must end in one of"),
+        ("rows.parquet", "PAR1", 65, "must be a parquet file"),
     ],
 )
 def test_data_that_cannot_be_used_is_one_sentence(

@@ -126,7 +126,8 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("a.csv", "prompt,completion\na\n", "line 2 must have as many cells as the header"),
         ("a.csv", "prompt,completion\na,b,c\n", "line 2 must have as many cells as the header"),
         ("a.csv", 'prompt,completion\n"a,b\n', "must be CSV, but unexpected end of data"),
-        ("a.parquet", "PAR1", "must end in one of .jsonl"),
+        ("a.xlsx", "PAR1", "must end in one of .jsonl"),
+        ("a.parquet", "PAR1", "must be a parquet file, but .* size is 4 bytes"),
     ],
 )
 def test_a_bad_file_gives_one_sentence(tmp_path: Path, name: str, text: str, sentence: str) -> None:

@@ -23,7 +23,12 @@ from lora_advisor.probes.dataset import random_rows
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.events import Work
 from lora_advisor.probes.extend import trace_all_layers
-from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
+from lora_advisor.probes.finetune import (
+    Schedule,
+    build_trainer,
+    decoder_layers,
+    padding_tokenizer,
+)
 from lora_advisor.probes.machine import GIB, cpu_machine, detect_stack
 from lora_advisor.probes.preference import as_trained
 from lora_advisor.probes.runner import run_probe
@@ -148,6 +153,43 @@ def test_pairs_are_learnt_against_the_model_without_its_adapter(folder: str, ada
     assert logs[-1]["rewards/margins"] > 0.1
 
 
+@pytest.mark.parametrize(("checkpointing", "layers"), [("full", [1, 1]), ("every_2", [1, 0])])
+def test_layers_stay_checkpointed_as_asked_after_the_first_reference(
+    folder: str, checkpointing: str, layers: list[int]
+) -> None:
+    from transformers import PrinterCallback, TrainerCallback
+
+    config = configure(
+        model=folder, stage="dpo", precision="fp32", micro_batch=2, accumulation=2, seq_len=24,
+        method="lora", checkpointing=checkpointing,
+    )  # fmt: skip
+    seen = []
+
+    class Look(TrainerCallback):
+        """Notes which layers are checkpointed, and the hooks on the embeddings."""
+
+        def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+            flags = [int(layer.gradient_checkpointing) for layer in decoder_layers(model)]
+            hooks = len(model.get_base_model().get_input_embeddings()._forward_hooks)
+            seen.append((flags, hooks))
+
+    trainer = build_trainer(
+        config,
+        load_model(config, resolve_architecture(folder), "cpu"),
+        rows=as_trained(config, random_rows(12, 24, 259)),
+        tokenizer=padding_tokenizer(259),
+        schedule=Schedule(max_steps=3),
+        device="cpu",
+        callbacks=[Look()],
+    )
+    trainer.remove_callback(PrinterCallback)
+
+    trainer.train()
+
+    assert [flags for flags, _ in seen] == [layers] * 3
+    assert len({hooks for _, hooks in seen}) == 1
+
+
 def test_a_probe_of_pairs_runs_and_counts_both_sequences(tmp_path: Path) -> None:
     architecture = tiny(num_hidden_layers=2, vocab_size=500)
     config = configure(stage="dpo", precision="fp32", micro_batch=2, seq_len=32, method="lora")
@@ -182,7 +224,8 @@ def test_the_baseline_is_trls_trainer_on_pairs() -> None:
     baseline = baseline_config(spec, "bf16")
 
     assert (baseline.stage, baseline.trainer, baseline.method) == ("dpo", "trl", "qlora")
-    assert baseline_config(Spec(model="qwen2.5-0.5b", vram_bytes=GIB), "bf16").trainer == "transformers"
+    plain = baseline_config(Spec(model="qwen2.5-0.5b", vram_bytes=GIB), "bf16")
+    assert plain.trainer == "transformers"
 
 
 def test_a_plan_for_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,141 @@
+"""What a training needs before it begins: the data as rows of tokens, and what all depends on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_advisor.advisor.known_rows import Place
+from lora_advisor.advisor.schedule import Settings
+from lora_advisor.probes.architectures import Architecture
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.cutting import TokenisedData, TokenRow, cut_rows
+from lora_advisor.probes.dataset import Examples, read_examples
+from lora_advisor.probes.errors import UnavailableError, UsageError
+from lora_advisor.probes.tokens import (
+    check_vocabulary,
+    cut,
+    encode,
+    length_quantiles,
+    load_tokenizer,
+    split_holdout,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The user's data, ready.
+
+    Attributes:
+        examples: The rows as they came.
+        tokens: All of them as tokens.
+        tokenizer: What made them.
+        train: Rows to train on.
+        places: Where each of these stands in the user's data.
+        held: Rows held out.
+    """
+
+    examples: Examples
+    tokens: TokenisedData
+    tokenizer: PreTrainedTokenizerBase
+    train: Sequence[TokenRow]
+    places: Sequence[Place]
+    held: Sequence[TokenRow]
+
+
+def require(config: RunConfig, device: str, *, tensorboard: bool) -> None:
+    """Refuse what cannot be trained here.
+
+    Raises:
+        UsageError: It is another engine's or another stage's, or PyTorch was not told in time.
+        UnavailableError: A package is missing.
+    """
+    from importlib.util import find_spec
+
+    from lora_advisor.probes.weights import require_packages
+
+    if not config.is_buildable:
+        raise UsageError(f"`trainer` {config.trainer!r} is another engine; train with it there.")
+    if config.stage != "sft":
+        raise UsageError(
+            f"`stage` must be sft to be trained here, but is {config.stage!r}; use the plan's "
+            "configuration in a script of your own."
+        )
+    require_packages(config, device)
+    if tensorboard and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        raise UnavailableError(
+            "`--tensorboard` needs the package tensorboard, which is not installed; install it, "
+            "or read progress.jsonl in the output folder."
+        )
+    if config.allocator == "expandable_segments" and device == "cuda":
+        setting = os.environ.get(
+            "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+        )
+        if "expandable_segments:True" not in setting:
+            raise UsageError(
+                '`allocator` "expandable_segments" must be set before PyTorch is imported; start '
+                "with PYTORCH_ALLOC_CONF=expandable_segments:True."
+            )
+
+
+def prepare(config: RunConfig, architecture: Architecture, data: Path, settings: Settings) -> Data:
+    """Read the data and hold some of it out.
+
+    Raises:
+        AdvisorError: The data, or the model's tokenizer, is not what it must be.
+    """
+    examples = read_examples(data)
+    tokenizer = load_tokenizer(architecture)
+    encoded = encode(examples, tokenizer)
+    tokens = cut(examples, encoded, config.seq_len)
+    check_vocabulary(tokens.rows, architecture)
+    kept = (
+        example
+        for example, row in zip(examples.rows, encoded, strict=True)
+        if cut_rows((row,), config.seq_len, "truncate").rows
+    )
+    places = {
+        id(row): Place(file=example.file, line=example.line)
+        for row, example in zip(tokens.rows, kept, strict=True)
+    }
+    train, held = split_holdout(tokens.rows, settings.holdout, seed=settings.seed)
+    return Data(
+        examples=examples,
+        tokens=tokens,
+        tokenizer=tokenizer,
+        train=train,
+        places=[places[id(row)] for row in train],
+        held=held,
+    )
+
+
+def identity(
+    config: RunConfig, architecture: Architecture, ready: Data, settings: Settings
+) -> dict[str, Any]:
+    """Return all that decides the weights that come out, as JSON gives it back."""
+    return {
+        "data": ready.examples.sha256,
+        "architecture": architecture.fingerprint,
+        **settings.identity(),
+        **config.to_json(),
+    }
+
+
+def data_figures(ready: Data, data: Path, *, rows: int) -> dict[str, Any]:
+    """Return what a `TrainingResult` says of the data, of which so many rows were trained on."""
+    return {
+        "data": Path(data),
+        "data_sha256": ready.examples.sha256,
+        "shape": ready.examples.shape,
+        "rows": rows,
+        "holdout_rows": len(ready.held),
+        "truncated": ready.tokens.truncated,
+        "dropped": ready.tokens.dropped,
+        "length_quantiles": length_quantiles(ready.tokens.lengths),
+    }

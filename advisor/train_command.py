@@ -1,0 +1,161 @@
+"""The command `train`: its options, and from a plan to an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lora_advisor.advisor.asking import training_device
+from lora_advisor.probes.errors import UsageError
+
+if TYPE_CHECKING:
+    from lora_advisor.advisor.outcome import Progress, TrainingResult
+    from lora_advisor.probes.plan import Plan
+
+#: Exit code where a guard has stopped the training and an older checkpoint is what is offered.
+_GUARDED = 3
+
+#: What the options say of the plan's own words goes to `training.train` under the same names.
+_PASSED = (
+    "max_steps",
+    "learning_rate",
+    "warmup_steps",
+    "holdout",
+    "eval_batch",
+    "eval_steps",
+    "check_rows",
+    "drop_known",
+    "save_steps",
+    "seed",
+    "tensorboard",
+)
+
+
+@click.command()
+@click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Training data (default: the plan's).",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for checkpoints, the adapter and result.json.",
+)
+@click.option(
+    "--epochs", type=float, default=None, help="Passes over the data (default: the plan's)."
+)
+@click.option("--max-steps", type=int, default=None, help="Optimizer steps instead of epochs.")
+@click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="Its peak.")
+@click.option("--warmup-steps", type=int, default=None, help="Steps in which the learning rate "
+              "rises (default: one in twenty, at most ten).")  # fmt: skip
+@click.option(
+    "--holdout",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Share of the rows to evaluate on and never train on.",
+)
+@click.option("--eval-batch", type=int, default=None, help="Rows in one evaluation batch "
+              "(default: the micro-batch).")  # fmt: skip
+@click.option("--eval-steps", type=int, default=None, help="Steps between two evaluations of the "
+              "hold-out (default: an epoch).")  # fmt: skip
+@click.option("--no-stop-on-overfit", is_flag=True, help="Go on where the hold-out gets worse "
+              "while the training loss falls; else the best model so far is offered.")  # fmt: skip
+@click.option("--check-rows", type=int, default=None, help="Training rows to look at, for what "
+              "the base model knows by heart (default: a sample of 512; 0: none).")  # fmt: skip
+@click.option("--drop-known", is_flag=True, help="Do not train on those; all rows are looked at, "
+              "unless --check-rows says how many.")  # fmt: skip
+@click.option(
+    "--save-steps", type=int, default=50, show_default=True, help="Steps between checkpoints."
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of hold-out, order and adapter."
+)
+@click.option("--tensorboard", is_flag=True, help="Write for TensorBoard too, into the output "
+              "folder; needs the package tensorboard.")  # fmt: skip
+@click.option("--restart", is_flag=True, help="Begin anew where an interrupted run would go on.")
+@click.option(
+    "--ignore-stack",
+    is_flag=True,
+    help="Use a plan that was made with other versions or elsewhere.",
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def train(plan_file: Path, **options: Any) -> int:  # fmt: skip
+    """Train with a plan to the end; an interrupted run goes on where it was.
+
+    Ctrl-C or SIGTERM ends it with a checkpoint at the end of the running step, a second one at
+    once. Where memory runs out it goes on with a smaller micro-batch and as many rows in a step.
+    A loss that leaps or is no number stops it at the last good checkpoint (exit code 3).
+
+    \b
+    Examples:
+      lora-advisor train plan.json --data chat.jsonl --output runs/first
+      lora-advisor train plan.json --output runs/first --eval-steps 100 --drop-known
+    """
+    from lora_advisor.advisor.stopping import Interrupted
+    from lora_advisor.probes.plan import read_plan
+
+    made = read_plan(plan_file)
+    device = training_device(made, ignore=options["ignore_stack"])
+    data = options["data"] or (None if made.spec.data is None else Path(made.spec.data))
+    if data is None:
+        raise UsageError("`--data` must be given: the plan names no data.")
+    if made.chosen.config.allocator == "expandable_segments" and device == "cuda":
+        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    from lora_advisor.advisor.report_training import training_text
+
+    try:
+        result = _run(made, data, device, options)
+    except Interrupted as stopped:
+        _say(str(stopped))
+        return stopped.exit_code
+    click.echo(json.dumps(result.to_json()) if options["as_json"] else training_text(result))
+    guarded = result.stop is not None and result.stop.reason != "over-fitting"
+    return _GUARDED if guarded else 0
+
+
+def _run(made: Plan, data: Path, device: str, options: dict[str, Any]) -> TrainingResult:
+    from lora_advisor.advisor.training import Predicted
+    from lora_advisor.advisor.training import train as run_training
+
+    return run_training(
+        made.chosen.config,
+        made.architecture,
+        data,
+        options["output"],
+        device=device,
+        cap_bytes=made.cap_bytes if device == "cuda" else None,
+        epochs=options["epochs"] if options["epochs"] is not None else made.spec.epochs,
+        stop_on_overfit=not options["no_stop_on_overfit"],
+        resume=not options["restart"],
+        predicted=Predicted(
+            padded_tokens_per_s=made.chosen.tokens_per_s,
+            peak_bytes=made.chosen.measured.process_bytes
+            if made.chosen.measured is not None
+            else made.chosen.prediction.memory.process_bytes,
+            train_seconds=None,
+        ),
+        progress=_progress,
+        say=_say,
+        **{name: options[name] for name in _PASSED},
+    )
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+def _progress(state: Progress) -> None:
+    from lora_advisor.advisor.report_training import progress_text
+
+    _say(progress_text(state))
