@@ -34,8 +34,16 @@ from lora_advisor.probes.trace_batch import Batch
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Keep the threads of a step this small from waiting for each other on a busy machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
+def server(_one_thread: None) -> Iterator[ForkServer]:
     with ForkServer(offline=True) as server:
         yield server
 
