@@ -215,7 +215,11 @@ def _as_ours(error: Exception, job: Job) -> AdvisorError | None:
     if torn or isinstance(error, OSError | SafetensorError):
         job.run.look_again()  # what is torn is removed, which makes room
         kept = f"checkpoint {job.run.step} is whole" if job.run.step else "there is no checkpoint"
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = (
+            "a file could not be written to its end, as on a full disk"
+            if torn
+            else str(error).splitlines()[0].rstrip(".")
+        )
         return OutputError(
             f"`{path}` must take checkpoints and results, but {reason}; {kept}: make room, and the "
             "same command goes on."
