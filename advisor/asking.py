@@ -158,6 +158,11 @@ def spec_of(options: dict[str, Any]) -> tuple[Spec, DataSummary | None]:
     device = "none" if options["gpu"] is not None else check_device(options["device"])
     machine, card = machine_of({**options, "device": device})
     data, seq = None, 1024 if options["seq"] is None else options["seq"]
+    if options["data"] is not None and options["stage"] == "dpo":
+        raise UsageError(
+            "`--data` must be left out with `--stage dpo`, whose pairs are not priced yet; give "
+            "--seq, the tokens of a prompt and its longer answer."
+        )
     if options["data"] is not None:
         architecture = architecture_of(options["model"], options)
         data, seq = summarise(options["data"], architecture, options["seq"])

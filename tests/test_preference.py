@@ -243,3 +243,11 @@ def test_a_plan_for_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert RunConfig.from_json(plan["baseline"]["config"]).stage == "dpo"
     assert main(["fit", "--stage", "dpo", *words, "--no-largest"]) == 0
     assert "1 pairs x 64" in capsys.readouterr().out
+
+
+def test_data_of_pairs_is_refused_with_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["plan", "--stage", "dpo", "--data", "pairs.jsonl", "--gpu", "rtx-4060"])
+
+    said = capsys.readouterr().err
+    assert code == 64
+    assert "`--data` must be left out" in said and "--seq" in said
