@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 #: Knobs that are the same in all runs, and what they are where nothing is said: a plain Trainer
 #: with checkpointing, as in the paper.
-_HELD = {"trainer": "transformers", "checkpointing": "full", "attention": None, "kernels": "none",
-         "compile": "off", "allocator": "default"}  # fmt: skip
+_HELD = {"stage": "sft", "trainer": "transformers", "checkpointing": "full", "attention": None,
+         "kernels": "none", "adapter": "peft", "compile": "off",
+         "allocator": "default"}  # fmt: skip
 
 
 def _held_options(command: Any) -> Any:

@@ -80,7 +80,7 @@ def trace_step(
         raise _refusal(architecture.name, error) from error
     finally:
         gc.collect()
-        gc.freeze()  # what the first trace imported, and what is kept
+        _freeze_what_came()
 
 
 def _refusal(name: str, error: Exception) -> UsageError:
@@ -112,6 +112,12 @@ def _freeze_once() -> None:
     That is some million objects, which it would look at again and again while a step is traced.
     """
     gc.collect()
+    gc.freeze()
+
+
+@functools.cache
+def _freeze_what_came() -> None:
+    """Leave alone what the first trace imported and keeps, too."""
     gc.freeze()
 
 

@@ -582,8 +582,11 @@ def test_a_plan_killed_in_the_middle_of_a_probe_goes_on(tiny: str, tmp_path: Pat
     plan = json.loads(log.read_text("utf-8").splitlines()[-1])
     results = read_records(record)
     assert plan["reused"] == len(kept)
-    # A fresh plan probes these too: what was kept did not run again.
-    assert plan["probes"] == len(results) - len(kept) >= 1
+    # A fresh plan probes these too: what was kept did not run again. A doubtful time, as on a busy
+    # machine, is measured twice and counts as one probe.
+    new = results[len(kept) :]
+    doubtful = sum(bool(result.doubts) for result in new)
+    assert max(1, len(new) - doubtful) <= plan["probes"] <= len(new)
     assert all(result.config != kept[0].config for result in results[1:])
     assert plan["chosen"]["measured"]["outcome"] == "ok"
 
