@@ -3,7 +3,8 @@
 Exit codes: 0 done, or `fit`: fits; 1 nothing fits, or `fit`: does not fit; 2 `fit`: uncertain; 3
 `train`: a guard stopped it, for the loss leapt or was no number; 64 a word, number or combination
 that is not legal; 65 a file that does not hold what it must; 66 a file or model that is not there;
-69 a package or device this machine lacks; 70 an error of our own; 73 a place that cannot be
+69 a package or device this machine lacks; 70 an error of our own; 71 `train`: another process of
+the same training has ended it, or memory ran out in one of several; 73 a place that cannot be
 written; 75 the GPU is in use; 78 a plan of another machine or stack; 130 interrupted; 143 `train`:
 asked to stop by SIGTERM.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import click
 
 from lora_advisor.advisor.asking import (
+    DEFAULT_BATCH,
     cache_dir,
     machine_of,
     spec_of,
@@ -29,13 +31,16 @@ from lora_advisor.advisor.asking import (
 )
 from lora_advisor.advisor.bench_command import bench
 from lora_advisor.advisor.data_command import data_group
+from lora_advisor.advisor.export_command import export, import_
 from lora_advisor.advisor.merge_command import merge
 from lora_advisor.advisor.options import (
     accumulation_option,
     knob_options,
+    long_rows_option,
     map_options,
     model_options,
 )
+from lora_advisor.advisor.report_command import report
 from lora_advisor.advisor.train_command import train
 from lora_advisor.probes.errors import AdvisorError, UsageError
 
@@ -97,6 +102,7 @@ def group() -> None:
       lora-advisor compare --model llama-2-7b --gpu a100-80gb
       lora-advisor data inspect chat.jsonl --model ./my-model
       lora-advisor train plan.json --data chat.jsonl --output runs/first
+      lora-advisor report runs/first --out first.html
       lora-advisor bench --vram 8
     """
 
@@ -104,7 +110,10 @@ def group() -> None:
 group.add_command(bench)
 group.add_command(train)
 group.add_command(merge)
+group.add_command(report)
 group.add_command(data_group)
+group.add_command(export)
+group.add_command(import_)
 
 
 @group.command()
@@ -125,11 +134,14 @@ group.add_command(data_group)
 @click.option(
     "--batch",
     type=int,
-    default=24,
-    show_default=True,
-    help="Effective batch: sequences in one optimizer step, never changed.",
+    default=None,
+    help=f"Effective batch: sequences in one optimizer step, never changed "
+    f"(default: {DEFAULT_BATCH}).",
 )
+@click.option("--gpus", type=int, default=1, show_default=True, help="Cards of this kind in one "
+              "host that share every step: predicted, for probes run on one.")  # fmt: skip
 @click.option("--epochs", type=float, default=1.0, show_default=True, help="Passes over the data.")
+@long_rows_option("truncate", default="truncate")
 @click.option(
     "--budget",
     default="120s",
@@ -165,6 +177,13 @@ group.add_command(data_group)
     default=None,
     help="File of probe results, read and appended to (default: in the user's cache).",
 )
+@click.option(
+    "--prices",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="JSON of what cards cost to rent, instead of the bundled list; with it the time and cost "
+    "on larger cards is told however short the training is.",
+)
 @click.option("--fresh", is_flag=True, help="Do not use earlier probe results.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
 def plan(**options: Any) -> int:  # fmt: skip
@@ -177,7 +196,7 @@ def plan(**options: Any) -> int:  # fmt: skip
       lora-advisor plan --seq 2048 --precision fp16 --optimizer paged_adamw_8bit --budget 90s
       lora-advisor plan --model ./my-model --data chat.jsonl --vram 8 --out plan.json
     """
-    from lora_advisor.advisor.asking import study_file
+    from lora_advisor.advisor.asking import prices_asked, study_file
     from lora_advisor.advisor.planning import make_plan
     from lora_advisor.advisor.report import plan_text
     from lora_advisor.probes.machine import detect_stack
@@ -186,6 +205,7 @@ def plan(**options: Any) -> int:  # fmt: skip
 
     if options["out"] is not None:
         check_writable(options["out"])  # before the probes, whose result it is to hold
+    prices = prices_asked(options)
     spec, data = spec_of(options)
     record = options["record"] or cache_dir() / "probes.jsonl"
     machine, _ = machine_of({**options, "device": spec.device})
@@ -199,6 +219,7 @@ def plan(**options: Any) -> int:  # fmt: skip
         cache=trace_cache(),
         study_file=study,
         own_record=options["record"] is not None,
+        prices=prices,
     )
     if options["out"] is not None:
         write_plan(options["out"], made)
@@ -217,7 +238,7 @@ def plan(**options: Any) -> int:  # fmt: skip
     "config_file",
     type=click.Path(path_type=Path),
     default=None,
-    help="A RunConfig as JSON, instead of the knobs.",
+    help="A RunConfig as JSON, or an Axolotl or LLaMA-Factory YAML, instead of the knobs.",
 )
 @click.option(
     "--no-largest", is_flag=True, help="Do not look for the largest sizes that fit: seconds less."
@@ -237,6 +258,7 @@ def fit(**options: Any) -> int:  # fmt: skip
     Examples:
       lora-advisor fit --model qwen2.5-7b --seq 2048 --vram 8
       lora-advisor fit --model qwen2.5-1.5b --gpu rtx-4060 --map --map-file map.png
+      lora-advisor fit --config axolotl.yaml --gpu rtx-4060
     """
     from lora_advisor.advisor.answers import answer_fit, answer_map
 

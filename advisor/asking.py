@@ -14,6 +14,7 @@ from typing import Any
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
 from lora_advisor.probes.cards import Card, card_of, find_card
 from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.cutting import check_long_rows
 from lora_advisor.probes.errors import (
     DataError,
     MissingInputError,
@@ -30,8 +31,12 @@ from lora_advisor.probes.machine import (
     gpu_present,
 )
 from lora_advisor.probes.plan import DataSummary, Plan
+from lora_advisor.probes.prices import Price, read_prices
 from lora_advisor.probes.spec import Spec
 
+#: Sequences in one optimizer step where the user names no number: an even division into most
+#: micro-batches.
+DEFAULT_BATCH = 24
 #: Knobs of RunConfig that an option of the same name fixes, with the words it takes.
 KNOBS = {
     "stage": "sft, or dpo on preference pairs",
@@ -153,26 +158,30 @@ def _fixed(options: dict[str, Any]) -> dict[str, Any]:
 
 def spec_of(options: dict[str, Any]) -> tuple[Spec, DataSummary | None]:
     """Return what `plan` is asked for, and what its data holds."""
-    from lora_advisor.advisor.datafit import summarise
+    from lora_advisor.advisor.datafit import summarise, summarise_pairs
 
     device = "none" if options["gpu"] is not None else check_device(options["device"])
     machine, card = machine_of({**options, "device": device})
+    check_long_rows(options["long_rows"], options["stage"] or "sft")  # before the data is read
     data, seq = None, 1024 if options["seq"] is None else options["seq"]
-    if options["data"] is not None and options["stage"] == "dpo":
-        raise UsageError(
-            "`--data` must be left out with `--stage dpo`, whose pairs are not priced yet; give "
-            "--seq, the tokens of a prompt and its longer answer."
-        )
     if options["data"] is not None:
         architecture = architecture_of(options["model"], options)
-        data, seq = summarise(options["data"], architecture, options["seq"])
+        if options["stage"] == "dpo":
+            data, seq = summarise_pairs(options["data"], architecture, options["seq"])
+        else:
+            data, seq = summarise(
+                options["data"], architecture, options["seq"], long_rows=options["long_rows"]
+            )
     spec = Spec(
         model=options["model"],
         data=None if options["data"] is None else str(options["data"]),
         vram_bytes=vram_bytes(options, machine),
         reserve_bytes=gib_bytes("--reserve", options["reserve"]),
         seq_len=seq,
-        effective_batch=options["batch"],
+        effective_batch=DEFAULT_BATCH if options["batch"] is None else options["batch"],
+        batch_named=options["batch"] is not None,
+        long_rows=options["long_rows"],
+        gpus=options.get("gpus", 1),
         epochs=options["epochs"],
         fixed=_fixed(options),
         rank=options["rank"],
@@ -191,6 +200,15 @@ def spec_of(options: dict[str, Any]) -> tuple[Spec, DataSummary | None]:
     return spec, data
 
 
+def prices_asked(options: dict[str, Any]) -> tuple[Price, ...] | None:
+    """Return the prices that the user has brought; None for those of the package."""
+    if options["prices"] is None:
+        return None
+    if options["data"] is None:
+        raise UsageError("`--prices` needs `--data`: without rows there is no time to pay for.")
+    return read_prices(options["prices"])
+
+
 def seconds_of(text: str) -> float:
     """Turn a time such as 120s, 5m or 2h into seconds."""
     units = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -207,6 +225,10 @@ def config_of(options: dict[str, Any]) -> RunConfig:
     """Return the configuration that `fit` is asked about."""
 
     if options["config_file"] is not None:
+        if options["config_file"].suffix in (".yaml", ".yml", ".py"):
+            from lora_advisor.advisor.export_command import imported_config
+
+            return imported_config(options["config_file"])
         try:
             return RunConfig.from_json(json.loads(options["config_file"].read_text("utf-8")))
         except FileNotFoundError:

@@ -12,17 +12,22 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_advisor.advisor.evaluation import Evaluation, evaluate
+from lora_advisor.advisor.data_parallel import arrange, blank_rows
+from lora_advisor.advisor.evaluated import Evaluation
+from lora_advisor.advisor.evaluation import evaluate
 from lora_advisor.advisor.guards import SEEN_AFTER_STEPS
 from lora_advisor.advisor.job import Job
 from lora_advisor.advisor.known_rows import (
+    NO_KNOWN_PAIRS,
     THRESHOLD,
     check_some_left,
     flagged,
     rows_to_check,
     write_flagged,
 )
+from lora_advisor.advisor.likelihood import RowLosses
 from lora_advisor.advisor.outcome import Progress
+from lora_advisor.advisor.processes import here
 from lora_advisor.advisor.recovery import Recovery
 from lora_advisor.advisor.run_folder import (
     FLAGGED,
@@ -32,6 +37,7 @@ from lora_advisor.advisor.run_folder import (
 )
 from lora_advisor.probes import nvml
 from lora_advisor.probes.finetune import Row, build_trainer
+from lora_advisor.probes.preference import row_length
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -50,7 +56,7 @@ class Attempt:
         self.rows = [row for at, row in enumerate(job.ready.train) if at not in dropped]
         self.trainer = self._build()
         self.watch = self._make_watch()
-        self.losses = LossGuard(self.trainer)
+        self.losses = LossGuard(self.trainer, stage=job.config.stage)
         self.holdout = self._make_holdout_guard()
         self._add_callbacks()
 
@@ -61,18 +67,22 @@ class Attempt:
 
         job, config = self.job, self.job.config_now
         settings = dataclasses.replace(job.settings, eval_batch=job.eval_batch_now)
+        whole = config.replace(accumulation=config.accumulation * here().size)
         schedule = settings.schedule(
-            config, rows=len(self.rows), held=job.ready.held, output=job.run.path
+            whole, rows=len(self.rows), held=job.ready.held, output=job.run.path
         )
         set_seed(schedule.seed)  # the adapter's start is drawn before the trainer sets its seed
+        model = here().together(lambda: load_model(config, job.architecture, job.device))
+        token = int(job.ready.tokenizer.pad_token_id or 0)
         trainer = build_trainer(
             config,
-            load_model(config, job.architecture, job.device),
-            rows=self.rows,
+            model,
+            rows=[*self.rows, *blank_rows(config, len(self.rows), token=token)],
             tokenizer=job.ready.tokenizer,
             schedule=schedule,
             device=job.device,
         )
+        arrange(trainer, config, [row_length(row) for row in self.rows], seed=schedule.seed)
         trainer.remove_callback(PrinterCallback)
         # Where a spike is seen, the checkpoint from before it must still be there.
         kept = 1 + math.ceil(SEEN_AFTER_STEPS / settings.save_steps)
@@ -85,7 +95,8 @@ class Attempt:
         job, run = self.job, self.job.run
 
         def saved(step: int, seconds: float) -> None:
-            make_durable(run.path / f"checkpoint-{step}")
+            here().numbers(step)  # each process has written its part
+            here().first(lambda: make_durable(run.path / f"checkpoint-{step}"))
             run.keep(seconds_at={**run.state["seconds_at"], str(step): seconds})
 
         def told(state: Progress) -> None:
@@ -113,6 +124,7 @@ class Attempt:
             losses=self.losses,
             every=self.job.settings.eval_steps,
             stops=self.job.stop_on_overfit,
+            stage=self.job.config.stage,
         )
 
     def _add_callbacks(self) -> None:
@@ -154,7 +166,7 @@ class Attempt:
             loss = None
             if self.held:
                 before = self.evaluate()
-                write_json(run.path / HOLDOUT, before.rows.to_json())
+                here().first(lambda: write_json(run.path / HOLDOUT, before.rows.to_json()))
                 loss = before.loss
             run.keep(eval_loss_before=loss)
         if "known" not in run.state:
@@ -164,15 +176,20 @@ class Attempt:
 
     def _look_for_known(self) -> dict[str, Any] | None:
         job, settings = self.job, self.job.settings
+        if job.config.stage == "dpo":
+            self._note_on_pairs()
+            return None
         wanted = rows_to_check(
             len(self.rows), settings.check_rows, all_of_them=settings.drop_known, seed=settings.seed
         )
         if not wanted:
             return None
-        found = flagged(wanted, self.evaluate([self.rows[row] for row in wanted]).rows)
+        seen = self.evaluate([self.rows[row] for row in wanted]).rows
+        assert isinstance(seen, RowLosses)  # of stage "sft"
+        found = flagged(wanted, seen)
         if settings.drop_known:
             check_some_left(len(self.rows), len(found))
-        write_flagged(job.run.path / FLAGGED, found, job.ready.places)
+        here().first(lambda: write_flagged(job.run.path / FLAGGED, found, job.ready.places))
         if found:
             job.note(
                 "known rows",
@@ -182,6 +199,18 @@ class Attempt:
                 + ("left out" if settings.drop_known else "trained on all the same"),
             )
         return {"checked": len(wanted), "flagged": list(found)}
+
+    def _note_on_pairs(self) -> None:
+        """Say what of the user's wishes does not go with pairs."""
+        job, lora = self.job, self.job.config.lora
+        if job.settings.check_rows is None:
+            job.note("known rows", f"no pair is looked at beforehand: {NO_KNOWN_PAIRS}")
+        if lora is not None and lora.dropout:
+            job.note(
+                "dropout",
+                f"the adapter's dropout of {lora.dropout:g} is not applied: TRL's DPOTrainer turns "
+                "dropout off",
+            )
 
     def train(self) -> None:
         """Train the steps that are left.
@@ -194,7 +223,8 @@ class Attempt:
         trainer, run, stopper = self.trainer, self.job.run, self.job.stopper
         try:
             if run.checkpoint is None:
-                set_seed(trainer.args.seed)  # the evaluation may have drawn numbers
+                # The evaluation may have drawn numbers, and each process draws its own dropout.
+                set_seed(trainer.args.seed + here().rank)
                 trainer.train()
             else:
                 state = TrainerState.load_from_json(str(run.checkpoint / "trainer_state.json"))

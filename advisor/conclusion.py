@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_advisor.advisor.arms import arm_of, describe
-from lora_advisor.advisor.epochs import WorkByLength, data_report
+from lora_advisor.advisor.epochs import data_report
 from lora_advisor.advisor.front import front
-from lora_advisor.advisor.probing import expected_speed, with_results
+from lora_advisor.advisor.pricing import off_by, prices_of
+from lora_advisor.advisor.probing import with_results
 from lora_advisor.advisor.search import rank
 from lora_advisor.advisor.session import Session
 from lora_advisor.probes.batching import Batching
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.machine import GIB
 from lora_advisor.probes.plan import Candidate, DataSummary, Plan
-from lora_advisor.probes.prediction import Interval
+from lora_advisor.probes.trail import Considered
 
 _RUNNERS_UP = 5
+#: So many of what was looked at are kept in short.
+_CONSIDERED = 300
 
 
 def nothing_fits(
@@ -87,30 +90,29 @@ def conclude(
         data=data,
         front=front([chosen, *runners]),
         batchings=() if data is None else _batchings(session, chosen, data),
+        trail=tuple(session.trail),
+        considered=_considered([chosen, *runners, *lost, *infeasible]),
+    )
+
+
+def _considered(candidates: Sequence[Candidate]) -> tuple[Considered, ...]:
+    """Return in short what the search looked at, the fastest first."""
+    ranked = sorted(candidates, key=lambda c: c.tokens_per_s or 0.0, reverse=True)
+    return tuple(
+        Considered(
+            what=describe(c.config),
+            tokens_per_s=c.tokens_per_s,
+            process_bytes=c.prediction.memory.process_bytes,
+            verdict=c.prediction.verdict,
+        )
+        for c in ranked[:_CONSIDERED]
     )
 
 
 def _batchings(session: Session, chosen: Candidate, data: DataSummary) -> tuple[Batching, ...]:
     """Return what a pass over the data costs under each way to make micro-batches."""
-    predictor, full = session.predictor, chosen.config.seq_len
-    works = WorkByLength(predictor.work, full)
-    time_ = predictor.time(chosen.config)
-    speed = expected_speed(session, chosen.config)
-    # By how much the models are off where they were measured.
-    factor = 1.0
-    if time_ is not None and speed is not None:
-        factor = chosen.config.tokens_per_step / speed / time_.value
-
-    def micro_seconds(config: RunConfig) -> Interval | None:
-        if predictor.throughput is None or config.checkpointing == "offload":
-            return None
-        packed = config.packing and not chosen.config.packing
-        if packed and predictor.predict(config.replace(seq_len=full)).verdict == "does not fit":
-            return None
-        interval = predictor.throughput.time(config, works(config)).interval
-        return interval.scaled(factor / config.accumulation)
-
-    return data_report(data, chosen.config, micro_seconds, seed=session.spec.seed)
+    prices = prices_of(session.predictor, chosen.config, off_by(session, chosen.config))
+    return data_report(data, chosen.config, prices, seed=session.spec.seed)
 
 
 def _because(candidate: Candidate, reason: str) -> Candidate:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from lora_advisor.advisor.asking import architecture_of
+from lora_advisor.advisor.options import long_rows_option
 
 
 @click.group("data")
@@ -31,13 +32,7 @@ def data_group() -> None:
     help="Tokens in a sequence (default: what covers 99 % of the rows, as `plan --data` does).",
 )
 @click.option("--samples", type=int, default=3, show_default=True, help="Rows to show.")
-@click.option(
-    "--long-rows",
-    type=click.Choice(["truncate", "split", "drop"]),
-    default="truncate",
-    show_default=True,
-    help="What becomes of rows that are longer than a sequence.",
-)
+@long_rows_option("truncate", default="truncate")
 @click.option(
     "--trust-remote-code", is_flag=True, help="Run code that comes with the model (default: never)."
 )

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from lora_advisor.advisor.attempt import Attempt
-from lora_advisor.advisor.evaluation import Evaluation
+from lora_advisor.advisor.evaluated import Evaluation
 from lora_advisor.advisor.guards import DivergedError, Stop, divergence_advice
 from lora_advisor.advisor.known_rows import THRESHOLD, KnownRows
-from lora_advisor.advisor.likelihood import Likelihood, RowLosses, compare_rows
+from lora_advisor.advisor.likelihood import Likelihood, RowLosses, compare_rows, of_whole_rows
+from lora_advisor.advisor.preference_loss import PairRewards, Preference, compare_pairs
+from lora_advisor.advisor.processes import here
 from lora_advisor.advisor.result_files import write_samples
 from lora_advisor.advisor.run_folder import (
     ADAPTER,
@@ -35,16 +37,20 @@ def outcome(attempt: Attempt) -> dict[str, Any]:
     measured = attempt.watch.measured()  # before the evaluation, which may take more memory
     stop, after = _last_good(attempt) if attempt.losses.stop is not None else _last_or_best(attempt)
     history = trainer.state.log_history
-    write_samples(trainer.model, attempt.job.ready.tokenizer, attempt.job.ready.held, run.path)
+    here().first(
+        lambda: write_samples(
+            trainer.model, attempt.job.ready.tokenizer, attempt.job.ready.held, run.path
+        )
+    )
     return {
         "measured": measured,
         "steps": trainer.state.global_step,
         "losses": tuple((int(at["step"]), float(at["loss"])) for at in history if "loss" in at),
         "eval_loss_before": run.state["eval_loss_before"],
         "eval_loss_after": None if after is None else after.loss,
-        "adapter": _save(attempt),
+        "adapter": here().first(lambda: _save(attempt)),
         "resumed_from_step": run.step or None,
-        "likelihood": _likelihood(attempt, after),
+        **_compared(attempt, after),
         "known": _known(attempt),
         "evaluations": tuple(attempt.holdout.evaluations),
         "overfit": attempt.holdout.overfit,
@@ -62,7 +68,7 @@ def _last_good(attempt: Attempt) -> tuple[Stop, Evaluation | None]:
         advice=divergence_advice(job.config, job.settings.learning_rate),
         kept_step=None if folder is None else step_of(folder),
     )
-    write_json(run.path / STOPPED, dataclasses.asdict(stop))
+    here().first(lambda: write_json(run.path / STOPPED, dataclasses.asdict(stop)))
     if folder is None:
         text = (
             f"{stop.detail}, before there was a checkpoint to keep; begin anew (--restart) "
@@ -90,16 +96,22 @@ def _last_or_best(attempt: Attempt) -> tuple[Stop | None, Evaluation | None]:
     if best is None or not attempt.job.stop_on_overfit:
         return None, after
     stop = overfit.replace(kept_step=overfit.good_step)
-    write_json(attempt.job.run.path / STOPPED, dataclasses.asdict(stop))
+    here().first(lambda: write_json(attempt.job.run.path / STOPPED, dataclasses.asdict(stop)))
     attempt.trainer._load_from_checkpoint(str(best))
     return stop, attempt.evaluate()
 
 
-def _likelihood(attempt: Attempt, after: Evaluation | None) -> Likelihood | None:
+def _compared(attempt: Attempt, after: Evaluation | None) -> dict[str, Likelihood | Preference]:
+    """Return how base and tuned model compare on the hold-out; nothing where that is lost."""
     before = read_json(attempt.job.run.path / HOLDOUT)
     if after is None or before is None:
-        return None
-    return compare_rows(RowLosses.from_json(before), after.rows)
+        return {}
+    if isinstance(after.rows, PairRewards):
+        return {"preference": compare_pairs(PairRewards.from_json(before), after.rows)}
+    base, tuned, sources = RowLosses.from_json(before), after.rows, attempt.job.ready.held_sources
+    if sources:
+        base, tuned = of_whole_rows(base, sources), of_whole_rows(tuned, sources)
+    return {"likelihood": compare_rows(base, tuned)}
 
 
 def _known(attempt: Attempt) -> KnownRows | None:

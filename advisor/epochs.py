@@ -22,6 +22,11 @@ MicroSeconds = Callable[[RunConfig], Interval | None]
 _COMPILED_LENGTHS = 8
 
 
+def traced_lengths(longest: int) -> tuple[int, ...]:
+    """Return the lengths from whose traces the work at any other follows, up to the longest."""
+    return tuple(sorted({max(2, longest // part) for part in (4, 2, 1)}))
+
+
 @dataclass(frozen=True)
 class WorkByLength:
     """Work of a step at any sequence length, from that at three.
@@ -44,8 +49,9 @@ class WorkByLength:
 
         like = config.replace(seq_len=self.longest)
         if like not in self._known:
-            lengths = {max(2, self.longest // part) for part in (4, 2, 1)}
-            self._known[like] = {n: self.work_of(config.replace(seq_len=n)) for n in lengths}
+            self._known[like] = {
+                n: self.work_of(config.replace(seq_len=n)) for n in traced_lengths(self.longest)
+            }
         known = self._known[like]
         powers = numpy.vander([*known, config.seq_len], len(known)) / float(self.longest)
         shares = numpy.linalg.solve(powers[:-1].T, powers[-1])
@@ -59,6 +65,7 @@ def data_report(
     micro_seconds: MicroSeconds | None = None,
     *,
     seed: int = 0,
+    names: Sequence[str] = BATCHINGS,
 ) -> tuple[Batching, ...]:
     """Return what a pass costs under each batching that the configuration's trainer knows.
 
@@ -68,10 +75,11 @@ def data_report(
         micro_seconds: Prices `config` with at most 12 other sequence lengths, as it is and with
             `packing`; layers that are compiled for too many lengths are priced as eager ones.
         seed: Of the order of the rows.
+        names: Which of `BATCHINGS` are asked for.
     """
     if not summary.length_counts:
         return ()
-    epochs = _epochs(summary, config, seed)
+    epochs = _epochs(summary, config, seed, names)
     priced: list[Batching] = []
     for packed in (False, True):
         alike = [pair for pair in epochs if pair[0].packing == packed]
@@ -81,11 +89,13 @@ def data_report(
     return tuple(priced)
 
 
-def _epochs(summary: DataSummary, config: RunConfig, seed: int) -> list[tuple[RunConfig, Epoch]]:
+def _epochs(
+    summary: DataSummary, config: RunConfig, seed: int, names: Sequence[str]
+) -> list[tuple[RunConfig, Epoch]]:
     """Return the passes that the configuration's trainer can make, with what makes them."""
     lengths = lengths_of(summary.length_counts, seed=seed)
     found = []
-    for name in BATCHINGS:
+    for name in names:
         try:
             changed = with_batching(config, name)
         except UsageError:
@@ -97,6 +107,8 @@ def _epochs(summary: DataSummary, config: RunConfig, seed: int) -> list[tuple[Ru
             micro_batch=config.micro_batch,
             accumulation=config.accumulation,
             seed=seed,
+            sequences=summary.sequences,
+            useful_tokens=summary.tokens if summary.sequences > 1 else None,
         )
         found.append((changed, epoch))
     return found

@@ -5,37 +5,21 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_advisor.advisor.likelihood import RowLosses
+from lora_advisor.advisor.data_parallel import alone, gathered, my_part
+from lora_advisor.advisor.evaluated import Evaluation, PairsSeen, RowsSeen
+from lora_advisor.advisor.processes import here
 from lora_advisor.probes.errors import UnavailableError
 from lora_advisor.probes.finetune import Row
-from lora_advisor.probes.tokens import IGNORED
+from lora_advisor.probes.preference import holds_pairs, row_lengths
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import Trainer
 
 
 #: What accelerate puts on a model that it prepares.
 _PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
-
-#: Positions whose log-likelihoods are computed at once: 100 MB in fp32 for 200,000 words.
-_POSITIONS = 128
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Losses of rows under a model.
-
-    Attributes:
-        loss: Mean negative log-likelihood of a trained token, in nats: every token weighs the same.
-        rows: The same of each row, in the order of the rows.
-    """
-
-    loss: float
-    rows: RowLosses
 
 
 def evaluate(
@@ -46,7 +30,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate rows, the longest first; the training after it is as if nothing had been.
 
-    Where memory runs out, the evaluation batch is halved, for all evaluations to come.
+    Where memory runs out, the evaluation batch is halved, for all evaluations to come. Of several
+    processes each looks at its share of the rows, and all return the same.
 
     Args:
         trainer: With the model.
@@ -56,9 +41,24 @@ def evaluate(
     Raises:
         UnavailableError: Memory is too small for one row.
     """
+    dataset: Any = trainer.eval_dataset if rows is None else _dataset(rows)
+    args: Any = trainer.args
+    batch = args.per_device_eval_batch_size
+    order, seen = here().together(lambda: _look(trainer, dataset))
+    fits = min(int(size) for (size,) in here().numbers(args.per_device_eval_batch_size))
+    args.per_device_eval_batch_size = fits
+    while batch > fits:
+        lowered(batch, batch // 2)
+        batch //= 2
+    order, found = gathered(order, {name: vars(seen)[name] for name in seen.found})
+    vars(seen).update(found)
+    return seen.evaluation(order)
+
+
+def _look(trainer: Trainer, dataset: Any) -> tuple[list[int], RowsSeen | PairsSeen]:
+    """Return this process's rows and what they came to, in batches as large as memory allows."""
     from lora_advisor.probes.worker import is_out_of_memory
 
-    dataset: Any = trainer.eval_dataset if rows is None else _dataset(rows)
     args: Any = trainer.args
     while True:
         try:
@@ -74,36 +74,26 @@ def evaluate(
                 ) from None
         _empty_cache(trainer)
         args.per_device_eval_batch_size = batch // 2
-        lowered(batch, batch // 2)
 
 
-def _evaluate(trainer: Trainer, dataset: Any) -> Evaluation:
-    lengths = [len(ids) for ids in dataset["input_ids"]]
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+def _evaluate(trainer: Trainer, dataset: Any) -> tuple[list[int], RowsSeen | PairsSeen]:
+    lengths = row_lengths(dataset)
+    order = my_part(sorted(range(len(lengths)), key=lambda row: -lengths[row]))
     plain: Any = trainer.prediction_step
-    loss, sums, counts = 0.0, [], []  # type: float, list[float], list[int]
+    seen = PairsSeen(trainer) if holds_pairs(dataset) else RowsSeen()
 
     def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        nonlocal loss
         model = _Kept(model)
         outcome = plain(model, inputs, *args, **kwargs)
-        batch_sums, batch_counts = _row_sums(model.outputs, inputs)
+        seen.take(float(outcome[0]), model.outputs, inputs)
         model.outputs = None
-        # The trainers weigh every batch the same, whatever it holds; so the tokens are counted.
-        loss += float(outcome[0]) * sum(batch_counts)
-        sums.extend(batch_sums)
-        counts.extend(batch_counts)
         return outcome
 
     over = {"prediction_step": counted, "_get_eval_sampler": lambda *_: order}
-    with _left_as_it_was(trainer), _methods(trainer, over):
-        trainer.evaluate(eval_dataset=dataset)
-    nats, tokens = [0.0] * len(order), [0] * len(order)
-    for row, total, count in zip(order, sums, counts, strict=True):
-        nats[row], tokens[row] = total / count, count
-    return Evaluation(
-        loss=loss / sum(counts), rows=RowLosses(nats=tuple(nats), tokens=tuple(tokens))
-    )
+    with alone(), _left_as_it_was(trainer), _methods(trainer, over), seen.listening():
+        if order:
+            trainer.evaluate(eval_dataset=dataset)
+    return order, seen
 
 
 class _Kept:
@@ -124,50 +114,10 @@ class _Kept:
         return getattr(self._model, name)
 
 
-def _row_sums(outputs: Any, inputs: dict[str, Any]) -> tuple[list[float], list[int]]:
-    """Return, for each row of a batch, its negative log-likelihood and its trained tokens."""
-    import torch
-
-    labels = inputs["labels"][:, 1:]
-    # TRL's fused loss gives the log-likelihoods themselves, and no logits.
-    known = getattr(outputs, "log_probs", None)
-    losses = _token_losses(outputs.logits, labels) if known is None else -known.float()
-    trained = (labels != IGNORED).to(losses.device)
-    places = inputs.get("position_ids")
-    if places is None:
-        row = torch.arange(len(labels), device=losses.device)[:, None].expand_as(labels)
-    else:  # rows without padding between them: each begins at place 0
-        row = (places == 0).to(losses.device).long().flatten().cumsum(0).view_as(places)[:, 1:] - 1
-    size = int(row.max()) + 1
-    sums = torch.zeros(size, dtype=torch.float64, device=losses.device)
-    counts = torch.zeros(size, dtype=torch.long, device=losses.device)
-    sums.index_add_(0, row[trained], losses[trained].double())
-    counts.index_add_(0, row[trained], torch.ones_like(row[trained]))
-    # Padding at the end of such a batch looks like rows of its own, but trains nothing.
-    pairs = [(s, n) for s, n in zip(sums.tolist(), counts.tolist(), strict=True) if n]
-    return [s for s, _ in pairs], [n for _, n in pairs]
-
-
-def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the negative log-likelihood of each label; 0 where it is ignored."""
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    labels = labels.to(logits.device)
-    losses = torch.zeros(labels.shape, device=logits.device)
-    wanted = (labels != IGNORED).nonzero()
-    for start in range(0, len(wanted), _POSITIONS):
-        rows, places = wanted[start : start + _POSITIONS].unbind(1)
-        losses[rows, places] = cross_entropy(
-            logits[rows, places].float(), labels[rows, places], reduction="none"
-        )
-    return losses
-
-
 def _dataset(rows: Sequence[Row]) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
+    return Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
 
 
 @contextlib.contextmanager

@@ -83,7 +83,8 @@ class HeldOut:
 
     Attributes:
         step: Optimizer steps done.
-        loss: Mean negative log-likelihood of a trained token of the hold-out, in nats.
+        loss: Mean negative log-likelihood of a trained token of the hold-out, in nats; of stage
+            "dpo" the mean DPO loss of a pair.
         train_loss: Mean training loss of the steps since the evaluation before; None without any.
     """
 
@@ -92,16 +93,21 @@ class HeldOut:
     train_loss: float | None
 
 
-def find_divergence(losses: Sequence[float], new: int, *, scaled: bool) -> Stop | None:
+def find_divergence(
+    losses: Sequence[float], new: int, *, scaled: bool, start: float | None = None
+) -> Stop | None:
     """Return the first sign, among the newest losses, that the training has gone wrong.
 
     Args:
         losses: Training loss of each step from step 1 on.
         new: How many of the last ones were not looked at before.
         scaled: Whether a GradScaler leaves out steps that overflow.
+        start: What the loss is before anything is learnt, where that is known: the DPO loss of an
+            adapter that is still zero is ln 2. It stands for the steps that a baseline lacks.
     """
     for index in range(len(losses) - new, len(losses)):
-        stop = _not_finite(losses, index, SCALED_STEPS if scaled else 1) or _spike(losses, index)
+        stop = _not_finite(losses, index, SCALED_STEPS if scaled else 1)
+        stop = stop or _spike(losses, index, start)
         if stop is not None:
             return stop
     return None
@@ -122,10 +128,16 @@ def _not_finite(losses: Sequence[float], index: int, run: int) -> Stop | None:
     )
 
 
-def _spike(losses: Sequence[float], index: int) -> Stop | None:
+def _spike(losses: Sequence[float], index: int, start: float | None) -> Stop | None:
     first = index - SPIKE_STEPS + 1
+    if first < 0:
+        return None
     before = [loss for loss in losses[max(0, first - BASELINE_STEPS) : max(0, first)]]
     before = [loss for loss in before if math.isfinite(loss)]
+    known = f"median of {len(before)} steps"
+    if start is not None and len(before) < BASELINE_LEAST:
+        known += f" and the start's {start:.2f}"
+        before = [*before, *[start] * (BASELINE_LEAST - len(before))]
     if len(before) < BASELINE_LEAST:
         return None
     baseline, mean = statistics.median(before), statistics.fmean(losses[first : index + 1])
@@ -139,8 +151,8 @@ def _spike(losses: Sequence[float], index: int) -> Stop | None:
         step=first + 1,
         # The loss at the onset, of step onset + 1, is that of the model after step onset.
         good_step=max(0, onset - 1),
-        detail=f"the training loss rose from {baseline:.2f} (median of {len(before)} steps) to "
-        f"{mean:.2f} in the steps {first + 1} to {index + 1}",
+        detail=f"the training loss rose from {baseline:.2f} ({known}) to {mean:.2f} in the steps "
+        f"{first + 1} to {index + 1}",
     )
 
 

@@ -24,13 +24,28 @@ THRESHOLD = 3.0
 #: 4 points (95 %), whatever the size of the data.
 SAMPLE_ROWS = 512
 
+#: Why pairs are not looked at.
+NO_KNOWN_PAIRS = "a pair is learnt from the difference of its answers, known by heart or not"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a row stands in the user's data."""
+    """Where a row stands in the user's data.
+
+    Attributes:
+        file: The file's name.
+        line: Line or number of the row in it.
+        piece: Which piece of it, from 1 on, where it became several; None where it did not.
+    """
 
     file: str
     line: int
+    piece: int | None = None
+
+    def to_json(self) -> dict[str, str | int]:
+        """Return the JSON form."""
+        place: dict[str, str | int] = {"file": self.file, "line": self.line}
+        return place if self.piece is None else {**place, "piece": self.piece}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +95,7 @@ def flagged(checked: Sequence[int], losses: RowLosses) -> dict[int, float]:
 def write_flagged(file: Path, found: dict[int, float], places: Sequence[Place]) -> None:
     """Write the flagged rows, a JSON object a line."""
     lines = (
-        json.dumps(
-            {"file": places[row].file, "line": places[row].line, "perplexity": round(value, 4)}
-        )
+        json.dumps({**places[row].to_json(), "perplexity": round(value, 4)})
         for row, value in found.items()
     )
     beside = file.with_name(f".{file.name}.new")

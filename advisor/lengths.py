@@ -2,7 +2,8 @@
 
 Both trainers pad a micro-batch to its longest row, not to the sequence length (`Collator` of
 probes/collator.py, DataCollatorForLanguageModeling of TRL). Packed rows are not padded at all: TRL
-lays those of a micro-batch end to end.
+lays those of a micro-batch end to end. A pair is two sequences, and all of a micro-batch are padded
+to its longest one (DataCollatorForPreference of TRL).
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Epoch:
         useful_tokens: Tokens of the rows.
         histogram: Tokens that a micro-batch computes, padding included, and how many micro-batches
             do so, fewest first.
+        sequences: Sequences that a row makes: 2 for a pair.
     """
 
     batching: str
@@ -48,6 +50,7 @@ class Epoch:
     accumulation: int
     useful_tokens: int
     histogram: tuple[tuple[int, int], ...]
+    sequences: int = 1
 
     @property
     def micro_batches(self) -> int:
@@ -71,8 +74,8 @@ class Epoch:
 
     @property
     def lengths(self) -> tuple[float, ...]:
-        """Tokens a row of each entry of `histogram`, spread over a whole micro-batch."""
-        return tuple(tokens / self.micro_batch for tokens, _ in self.histogram)
+        """Tokens a sequence of each entry of `histogram`, spread over a whole micro-batch."""
+        return tuple(tokens / self.micro_batch / self.sequences for tokens, _ in self.histogram)
 
     def epoch_s(self, step_time_of: MicroTime, priced: Sequence[int] | None = None) -> float:
         """Return the seconds of the pass; `useful_tokens` over them is its useful speed.
@@ -98,21 +101,26 @@ def epoch_of(
     micro_batch: int,
     accumulation: int = 1,
     seed: int = 0,
+    sequences: int = 1,
+    useful_tokens: int | None = None,
 ) -> Epoch:
     """Return the first pass over rows of these lengths.
 
     Args:
-        lengths: Tokens of each row, at least one row, in the order of the data.
+        lengths: Tokens of each row (of a pair: of its longer sequence), at least one row, in the
+            order of the data.
         batching: One of `BATCHINGS`.
         seq_len: Tokens that a row is cut to.
         micro_batch: Rows in a micro-batch.
         accumulation: Micro-batches in an optimizer step.
         seed: Of the order, as in `Schedule`.
+        sequences: Sequences that a row makes: 2 for a pair.
+        useful_tokens: Tokens of the rows; None for the sum of their lengths.
     """
     import numpy
 
     rows = [min(length, seq_len) for length in lengths]
-    useful = sum(rows)
+    useful = sum(rows) * sequences if useful_tokens is None else useful_tokens
     if batching == "grouped":
         order = list(grouped_sampler(rows, micro_batch * accumulation, seed=seed))
     else:
@@ -120,6 +128,7 @@ def epoch_of(
             rows = [sum(documents) for documents in pack(rows, seq_len)]
         order = random_order(len(rows), seed=seed)
     tokens = _computed(numpy.array(rows)[order], micro_batch, padded=batching != "packed")
+    tokens *= sequences
     values, counts = numpy.unique(tokens, return_counts=True)
     return Epoch(
         batching=batching,
@@ -127,6 +136,7 @@ def epoch_of(
         accumulation=accumulation,
         useful_tokens=useful,
         histogram=tuple(zip(values.tolist(), counts.tolist(), strict=True)),
+        sequences=sequences,
     )
 
 

@@ -39,6 +39,25 @@ class RowLosses:
         return cls(nats=tuple(data["nats"]), tokens=tuple(data["tokens"]))
 
 
+def of_whole_rows(losses: RowLosses, sources: Sequence[int]) -> RowLosses:
+    """Return the losses of whole rows from those of their pieces.
+
+    Pieces of one row are no independent witnesses: an interval over them would be too narrow.
+
+    Args:
+        losses: Of pieces.
+        sources: Which row each of them is of.
+    """
+    nats: dict[int, float] = {}
+    tokens: dict[int, int] = {}
+    for source, mean, count in zip(sources, losses.nats, losses.tokens, strict=True):
+        nats[source] = nats.get(source, 0.0) + mean * count
+        tokens[source] = tokens.get(source, 0) + count
+    return RowLosses(
+        nats=tuple(nats[source] / tokens[source] for source in nats), tokens=tuple(tokens.values())
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
     """Base and tuned model on the same held-out rows; every row weighs the same.
@@ -73,7 +92,7 @@ class Likelihood:
 def compare_rows(base: RowLosses, tuned: RowLosses) -> Likelihood:
     """Compare two models row by row."""
     drops = [before - after for before, after in zip(base.nats, tuned.nats, strict=True)]
-    low, high = _interval(drops)
+    low, high = mean_interval(drops)
     return Likelihood(
         rows=len(drops),
         base_nats=sum(base.nats) / len(drops),
@@ -93,10 +112,11 @@ def _verdict(drop: float, low: float | None, high: float | None) -> str:
     return "worse" if high < 0 else "none"
 
 
-def _interval(drops: Sequence[float]) -> tuple[float | None, float | None]:
+def mean_interval(drops: Sequence[float]) -> tuple[float | None, float | None]:
     """Return the 95 % percentile interval of the mean: rows are drawn, each with both its losses.
 
-    Drawing the pairs, not the losses of each model, leaves out how rows differ in difficulty.
+    Drawing the differences, not the losses of each model, leaves out how rows differ in difficulty.
+    There is none for fewer than two.
     """
     import numpy
 

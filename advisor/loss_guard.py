@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
-from lora_advisor.advisor.evaluation import Evaluation
+from lora_advisor.advisor.evaluated import Evaluation
 from lora_advisor.advisor.guards import (
     HeldOut,
     Stop,
@@ -19,12 +19,13 @@ from lora_advisor.advisor.guards import (
     find_overfit,
     not_finite_gradient,
 )
+from lora_advisor.advisor.processes import here
 from lora_advisor.advisor.run_folder import make_durable
 from lora_advisor.advisor.stopping import Stopper
 from lora_advisor.advisor.watch import Watch
 
 #: Names of what is kept in the trainer's history, and with it in every checkpoint.
-_STEP_LOSSES, _HELD_OUT = "step_losses", "holdout_nll"
+_STEP_LOSSES, _HELD_OUT = "step_losses", {"sft": "holdout_nll", "dpo": "holdout_dpo_loss"}
 
 
 class LossGuard(TrainerCallback):
@@ -35,8 +36,9 @@ class LossGuard(TrainerCallback):
     (`logging_nan_inf_filter`).
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, *, stage: str = "sft") -> None:
         """Watch a trainer; add this to its callbacks too."""
+        self._start = math.log(2) if stage == "dpo" else None
         self.stop: Stop | None = None
         self.losses: list[float] = []
         self._scaled = trainer.accelerator.scaler is not None
@@ -80,13 +82,15 @@ class LossGuard(TrainerCallback):
             return
         import torch
 
-        micro, start = torch.stack(self._micro).tolist(), 0
+        micro, start, losses = torch.stack(self._micro).tolist(), 0, []
         for end in self._steps:
-            self.losses.append(sum(micro[start:end]))
+            losses.append(sum(micro[start:end]))
             start = end
+        self.losses += here().mean_lists(losses)
         new = len(self._steps)
         self._micro, self._steps = [], []
-        self._end(find_divergence(self.losses, new, scaled=self._scaled), control)
+        stop = find_divergence(self.losses, new, scaled=self._scaled, start=self._start)
+        self._end(stop, control)
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,8 +119,10 @@ class StopAtStep(TrainerCallback):
         self._stopper.in_steps = True
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-        """End with this step if a signal came."""
-        if self._stopper.number is not None:
+        """End with this step if a signal came, to any of the processes."""
+        heard = max(int(number) for (number,) in here().numbers(self._stopper.number or 0))
+        if heard:
+            self._stopper.number = heard
             control.should_save = control.should_training_stop = True
 
 
@@ -137,8 +143,10 @@ class HoldoutGuard(TrainerCallback):
         losses: LossGuard,
         every: int | None,
         stops: bool,
+        stage: str = "sft",
     ) -> None:
         """Take what it needs; `every` are steps, None for an epoch; `stops` on over-fitting."""
+        self._name = _HELD_OUT[stage]
         self._trainer, self._folder, self._evaluate = trainer, folder, evaluate
         self._watch, self._losses, self._every, self._stops = watch, losses, every, stops
 
@@ -147,9 +155,9 @@ class HoldoutGuard(TrainerCallback):
         """What was seen so far, by processes that were interrupted too."""
         history: list[Any] = self._trainer.state.log_history
         return [
-            HeldOut(step=at["step"], loss=at[_HELD_OUT], train_loss=at["train_loss"])
+            HeldOut(step=at["step"], loss=at[self._name], train_loss=at["train_loss"])
             for at in history
-            if _HELD_OUT in at
+            if self._name in at
         ]
 
     @property
@@ -184,12 +192,12 @@ class HoldoutGuard(TrainerCallback):
         since = self._losses.losses[before[-1].step if before else 0 : state.global_step]
         entry: Any = {
             "step": state.global_step,
-            _HELD_OUT: loss,
+            self._name: loss,
             "train_loss": statistics.fmean(since) if since else None,
         }
         state.log_history.append(entry)
         if all(loss < held.loss for held in before):
-            self._keep(state.global_step)
+            here().first(lambda: self._keep(state.global_step))
 
     def best(self) -> Path | None:
         """Return the folder of the best model so far, if it is there."""
@@ -212,5 +220,5 @@ class HoldoutGuard(TrainerCallback):
         """Remove what no checkpoint will ask for."""
         best = self.best()
         for folder in self._folder.glob("best-*"):
-            if best is not None and folder != best:
+            if best is not None and folder != best and here().is_first:
                 shutil.rmtree(folder, ignore_errors=True)

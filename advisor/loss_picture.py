@@ -29,7 +29,7 @@ def draw_loss(result: TrainingResult, path: Path) -> None:
         axes.plot(*zip(*points, strict=True), color="#d55e00", marker="o", linestyle="none",
                   label="hold-out, before and after")  # fmt: skip
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats a token")
+    axes.set_ylabel("DPO loss" if result.config.stage == "dpo" else "loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right", fontsize=8)
     write_png(figure, path)

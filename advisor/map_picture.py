@@ -35,10 +35,15 @@ def draw_map(drawn: FitMap, path: Path, *, title: str) -> None:
 
     figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
-    _paint(drawn, figure, axes)
-    _label(drawn, axes)
+    paint_map(drawn, figure, axes)
     axes.set_title(title, fontsize=10)
     write_png(figure, path)
+
+
+def paint_map(drawn: FitMap, figure: Any, axes: Axes) -> None:
+    """Draw the map into a part of a figure."""
+    _paint(drawn, figure, axes)
+    _label(drawn, axes)
 
 
 def _paint(drawn: FitMap, figure: Any, axes: Axes) -> None:

@@ -11,14 +11,14 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]<>#|~&$])")
 
 def plain(text: object) -> str:
     """Return text for a line or a cell of a table."""
-    return _MARKUP.sub(r"\\\1", " ".join(_printable(str(text)).split()))
+    return _MARKUP.sub(r"\\\1", " ".join(printable(str(text)).split()))
 
 
 def fenced(text: str, language: str = "text") -> str:
     """Return text as a block of code, its fence longer than any within."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}{language}\n{_printable(text)}\n{fence}"
+    return f"{fence}{language}\n{printable(text)}\n{fence}"
 
 
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
@@ -29,7 +29,7 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
     return tabulate(cells, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return text with control characters, and halves of characters, written out."""
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_advisor.advisor.arms import describe
+from lora_advisor.advisor.cuts_text import cuts_text
 from lora_advisor.advisor.markdown import fenced, plain, table
 from lora_advisor.advisor.outcome import TrainingResult
+from lora_advisor.advisor.report_training import figures, preference_rows
 from lora_advisor.advisor.samples import Sample
 
 if TYPE_CHECKING:
@@ -176,6 +178,8 @@ def _outcome(result: TrainingResult) -> str:
         [f"hold-out before ({what})", _number(result.eval_loss_before, ".4f")],
         ["hold-out after", _number(result.eval_loss_after, ".4f")],
     ]
+    if result.preference is not None:
+        rows += preference_rows(result.preference)
     found = result.likelihood
     if found is not None:
         ends = [_number(end, ".4f") for end in (found.low_nats, found.high_nats)]
@@ -194,22 +198,7 @@ def _outcome(result: TrainingResult) -> str:
 
 
 def _predicted(result: TrainingResult) -> str:
-    from lora_advisor.advisor.report import duration, gib
-
-    rows = []
-    for name, field, write in (
-        ("tokens/s, padding included", "padded_tokens_per_s", lambda n: f"{n:,.0f}"),
-        ("peak of the process", "peak_bytes", gib),
-        ("time of the steps", "train_seconds", duration),
-    ):
-        promised = getattr(result.predicted, field, None)
-        came = getattr(result.measured, field)
-        both = promised is not None and came is not None and promised > 0
-        error = f"{came / promised - 1:+.1%}" if both else "unknown"
-        rows.append(
-            [name, *("unknown" if n is None else write(n) for n in (promised, came)), error]
-        )
-    return table(rows, ["", "predicted", "measured", "measured against predicted"])
+    return table(figures(result), ["", "predicted", "measured", "measured against predicted"])
 
 
 def _losses(result: TrainingResult) -> str:
@@ -244,22 +233,28 @@ def samples_text(samples: Sequence[Sample]) -> str:
 
 
 def _data(result: TrainingResult) -> str:
+    rows, lengths = "rows", "rows have"
+    if result.config.stage == "dpo":
+        rows, lengths = "pairs", "pairs have a longer sequence of"
     return table(
         [
             ["name", data_name(result)],
             ["sha256", result.data_sha256],
             ["shape", result.shape],
-            ["rows trained on", f"{result.rows:,}"],
-            ["rows held out", f"{result.holdout_rows:,}"],
-            ["rows cut to the sequence length", f"{result.truncated:,}"],
-            ["rows left out", f"{result.dropped:,}"],
+            [f"{rows} trained on", f"{result.rows:,}"],
+            [f"{rows} held out", f"{result.holdout_rows:,}"],
+            ["long rows", _long_rows(result)],
             *(
-                [f"{share:.0%} of the rows have at most", f"{length:,} tokens"]
+                [f"{share:.0%} of the {lengths} at most", f"{length:,} tokens"]
                 for share, length in result.length_quantiles.items()
             ),
         ],
         ["", ""],
     )
+
+
+def _long_rows(result: TrainingResult) -> str:
+    return cuts_text(result, result.config.seq_len, result.config.stage) or "none"
 
 
 def _configuration(result: TrainingResult) -> str:
@@ -277,6 +272,7 @@ def _command(result: TrainingResult, settings: Mapping[str, Any]) -> str:
         ("learning_rate", "--learning-rate"),
         ("holdout", "--holdout"),
         ("seed", "--seed"),
+        ("long_rows", "--long-rows"),
     ):
         if settings.get(name) is not None:
             words += [option, str(settings[name])]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from lora_advisor.advisor.asking import KNOBS
+from lora_advisor.probes.cutting import LONG_ROWS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,6 +74,21 @@ def knob_options(*left_out: str, micro_batch: int | None = None) -> Callable[[F]
         ),
     ]
     return lambda command: _all(command, every)
+
+
+def long_rows_option(said: str, *, default: str | None) -> Callable[[F], F]:
+    """Return what adds the option that says what becomes of long rows.
+
+    Args:
+        said: How the default is told.
+        default: What it is; None where it is somebody else's.
+    """
+    return click.option(
+        "--long-rows",
+        type=click.Choice(LONG_ROWS),
+        default=default,
+        help=f"What becomes of rows that are longer than a sequence (default: {said}).",
+    )
 
 
 def accumulation_option(command: F) -> F:

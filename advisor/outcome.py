@@ -11,6 +11,7 @@ from typing import Any, Self
 from lora_advisor.advisor.guards import HeldOut, Stop
 from lora_advisor.advisor.known_rows import KnownRows
 from lora_advisor.advisor.likelihood import Likelihood
+from lora_advisor.advisor.preference_loss import Preference
 from lora_advisor.advisor.recovery import Recovery
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.machine import Stack
@@ -26,12 +27,15 @@ class Predicted:
     Attributes:
         padded_tokens_per_s: Tokens per second, padding included, as `Measured.padded_tokens_per_s`.
         peak_bytes: What the process holds at its peak, as `Measured.peak_bytes`.
-        train_seconds: Time of all steps, evaluation and start left out.
+        train_seconds: Time of the steps that were done, evaluation and start left out.
+        seconds_per_token: Time of a token, padding included, in rows of the data's lengths; what
+            `train_seconds` is made of where that is not known yet.
     """
 
     padded_tokens_per_s: float | None = None
     peak_bytes: int | None = None
     train_seconds: float | None = None
+    seconds_per_token: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +91,16 @@ class Progress:
 
 
 #: Fields that result.json has had since after its first version.
-_LATER = ("likelihood", "known", "evaluations", "overfit", "stop", "recoveries")
+_LATER = (
+    "likelihood", "known", "evaluations", "overfit", "stop", "recoveries", "preference",
+    "long_dropped", "split", "pieces", "pieces_dropped",
+)  # fmt: skip
 
 #: How the fields are read that may be None.
 _OPTIONAL: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "predicted": lambda data: Predicted(**data),
     "likelihood": lambda data: Likelihood(**data),
+    "preference": lambda data: Preference(**data),
     "known": lambda data: KnownRows(**data),
     "overfit": Stop.from_json,
     "stop": Stop.from_json,
@@ -110,7 +118,7 @@ class TrainingResult:
         device: "cuda" or "cpu".
         data: The data file.
         data_sha256: Of its bytes.
-        shape: Shape of its rows, one of `dataset.SHAPES`.
+        shape: Shape of its rows, one of `dataset.SHAPES`, or "preference" for pairs.
         rows: Rows trained on.
         holdout_rows: Rows held out.
         truncated: Rows cut to `seq_len`.
@@ -118,7 +126,8 @@ class TrainingResult:
         length_quantiles: Tokens that cover a share of the rows, by share.
         steps: Optimizer steps.
         eval_loss_before: Mean negative log-likelihood of a trained token of the hold-out, in nats,
-            under the model as it came; None without a hold-out.
+            under the model as it came; of stage "dpo" the mean DPO loss of a pair, which is ln 2
+            as long as adapter and reference agree. None without a hold-out.
         eval_loss_after: The same under the trained model.
         losses: Training loss by step, each the mean since the one before.
         adapter: Folder of the adapter (for method "full": of the model).
@@ -126,12 +135,17 @@ class TrainingResult:
         predicted: What the plan promised; None without a plan.
         measured: What came of it.
         likelihood: The hold-out under the base and the tuned model, row by row; None without a
-            hold-out, or where the base model's figures are lost.
+            hold-out, of stage "dpo", or where the base model's figures are lost.
         known: Rows that the base model knew by heart; None if none were looked at.
         evaluations: The hold-out's loss while training and at its end.
         overfit: What showed over-fitting, whether or not it ended the training; None for nothing.
         stop: Why a guard ended the training; None if it went through.
         recoveries: Where memory ran out, and how it went on.
+        preference: The hold-out of stage "dpo" before and after, pair by pair; None likewise.
+        long_dropped: Rows left out because they are longer than `seq_len`.
+        split: Rows that became several.
+        pieces: Rows that these became; in `rows` and `holdout_rows` they count one by one.
+        pieces_dropped: Pieces left out, because nothing of an answer is in them.
     """
 
     config: RunConfig
@@ -160,6 +174,11 @@ class TrainingResult:
     overfit: Stop | None = None
     stop: Stop | None = None
     recoveries: tuple[Recovery, ...] = ()
+    preference: Preference | None = None
+    long_dropped: int = 0
+    split: int = 0
+    pieces: int = 0
+    pieces_dropped: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -176,7 +195,7 @@ class TrainingResult:
             evaluations=[dataclasses.asdict(held) for held in self.evaluations],
             recoveries=[recovery.to_json() for recovery in self.recoveries],
         )
-        for name in ("predicted", "likelihood", "known", "overfit", "stop"):
+        for name in _OPTIONAL:
             data[name] = None if data[name] is None else dataclasses.asdict(data[name])
         return data
 

@@ -9,6 +9,7 @@ and said to be.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from lora_advisor.advisor.conclusion import conclude, nothing_fits
 from lora_advisor.advisor.front import front
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.probing import check_budget, probe_loop, prove, with_results
+from lora_advisor.advisor.savings import with_savings
+from lora_advisor.advisor.scaling import for_all_cards, one_card, set_aside
 from lora_advisor.advisor.search import search
 from lora_advisor.advisor.session import Probe, Say, Session, prober, reuse, run
 from lora_advisor.advisor.space import baseline_config, build_space
@@ -26,8 +29,9 @@ from lora_advisor.probes.cards import Card, card_of, find_card
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import AdvisorError
 from lora_advisor.probes.forkserver import ForkServer
-from lora_advisor.probes.machine import detect_machine, detect_stack
+from lora_advisor.probes.machine import GIB, detect_machine, detect_stack
 from lora_advisor.probes.plan import Candidate, DataSummary, Plan
+from lora_advisor.probes.prices import Price
 from lora_advisor.probes.record import check_writable
 from lora_advisor.probes.runner import capped_bytes, context_bytes_of
 from lora_advisor.probes.spec import Spec
@@ -53,6 +57,7 @@ def make_plan(
     cache: Path | None = None,
     study_file: Path | None = None,
     own_record: bool = False,
+    prices: Sequence[Price] | None = None,
 ) -> Plan:
     """Return the plan for a spec.
 
@@ -66,11 +71,13 @@ def make_plan(
         cache: File that keeps what traces came to; None to keep nothing.
         study_file: SQLite file that the search's study is added to; None to keep none.
         own_record: Whether the user named the record: then one of elsewhere is refused.
+        prices: What cards cost to rent; with None those of the package, for long trainings only.
 
     Raises:
         NothingFitsError: No configuration fits.
         AdvisorError: As the parts raise it.
     """
+    wanted, spec = spec, one_card(spec) if spec.gpus > 1 else spec
     architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
     server = None
     if spec.device == "cuda":
@@ -78,6 +85,7 @@ def make_plan(
         server = ForkServer(offline=architecture.weights is None)
     session = _open(spec, architecture, say, cache, server)
     session.predictor.store.server = server
+    session.prices = None if prices is None else tuple(prices)
     try:
         if study_file is not None:
             check_writable(study_file)
@@ -87,7 +95,10 @@ def make_plan(
             session.probe = probe or prober(session, record, server)
             if not fresh:
                 reuse(session, record, strict=own_record)
-        plan, study = _plan(session, data)
+        aside = set_aside(session) if wanted.gpus > 1 else 0
+        plan, study = _plan(session, data, aside)
+        if wanted.gpus > 1:
+            plan = for_all_cards(session, plan, wanted, aside)
     finally:
         session.predictor.store.close()
         if server is not None:
@@ -130,7 +141,7 @@ def _open(
     return Session(spec, architecture, machine, stack, card, space, predictor, None, say, cap)
 
 
-def _plan(session: Session, data: DataSummary | None) -> tuple[Plan, optuna.Study]:
+def _plan(session: Session, data: DataSummary | None, aside: int) -> tuple[Plan, optuna.Study]:
     session.say("searching the space over the models")
     found = search(
         session.space,
@@ -152,10 +163,11 @@ def _plan(session: Session, data: DataSummary | None) -> tuple[Plan, optuna.Stud
         safe = [c for c in found.feasible if c.prediction.verdict == "fits"]
         chosen = safe[0] if safe else None
     if chosen is None:
-        raise NothingFitsError(nothing_fits(session, found.infeasible, configs))
+        left = f" ({aside / GIB:.2f} of it are left to DDP and NCCL)" if aside else ""
+        raise NothingFitsError(nothing_fits(session, found.infeasible, configs) + left)
     plan = conclude(session, chosen, baseline, configs, found.infeasible, data)
     plan = dataclasses.replace(plan, front=front([*plan.front, *longer]))
-    return plan, found.study
+    return with_savings(session, plan), found.study
 
 
 def _longer(session: Session) -> tuple[Candidate, ...]:

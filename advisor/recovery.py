@@ -40,6 +40,11 @@ class Recovery:
         """Return the JSON form."""
         return dataclasses.asdict(self)
 
+    @property
+    def start(self) -> str:
+        """Where a training goes on from."""
+        return f"checkpoint {self.after_step}" if self.after_step else "the start"
+
     def __str__(self) -> str:
         """Say it in one line."""
         if self.what == "evaluation":
@@ -47,9 +52,8 @@ class Recovery:
                 f"memory ran out in an evaluation with {self.micro_batch} rows in a batch; "
                 f"going on with {self.new_micro_batch}"
             )
-        where = f"checkpoint {self.after_step}" if self.after_step else "the start"
         return (
-            f"memory ran out with micro-batch {self.micro_batch}; going on from {where} with "
+            f"memory ran out with micro-batch {self.micro_batch}; going on from {self.start} with "
             f"micro-batch {self.new_micro_batch} and {self.new_accumulation} accumulation: as many "
             "rows in a step as before"
         )

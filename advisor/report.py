@@ -36,6 +36,13 @@ def duration(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
+def time_text(seconds: Interval | None) -> str:
+    """Write a predicted time; unknown is said."""
+    if seconds is None:
+        return "unknown"
+    return f"{duration(seconds.value)} ({duration(seconds.low)} to {duration(seconds.high)})"
+
+
 def speed_text(candidate: Candidate) -> str:
     """Write a speed with how it is known."""
     measured = candidate.measured
@@ -54,21 +61,18 @@ def interval_text(speed: Interval | None) -> str:
 def plan_text(plan: Plan) -> str:
     """Write a plan: the answer first, then why, then what it rests on."""
     from lora_advisor.advisor.report_data import data_text
+    from lora_advisor.advisor.report_savings import data_lines, savings_text
+    from lora_advisor.advisor.report_scaling import scaling_text
 
     chosen = plan.chosen
     lines = [_headline(plan), ""]
-    lines.append(tabulate(_config_rows(chosen.config), tablefmt="plain"))
+    lines.append(tabulate(config_rows(chosen.config), tablefmt="plain"))
     lines += ["", _figures(plan), "", f"known how: {KNOWN[chosen.evidence]}"]
-    if plan.data is not None and plan.epoch_s is not None:
-        epochs = plan.spec.epochs
-        lines.append(
-            f"your data: {plan.data.rows:,} rows, {plan.data.tokens:,} tokens; one epoch "
-            f"{duration(plan.epoch_s)}, {epochs:g} epochs {duration(plan.epoch_s * epochs)}"
-            + (f"; {plan.data.truncated:,} rows are cut" if plan.data.truncated else "")
-        )
-    told = data_text(plan)
-    if told is not None:
-        lines += ["", told]
+    shared = scaling_text(plan)
+    lines += [] if shared is None else ["", shared, ""]
+    lines += data_lines(plan)
+    for told in (data_text(plan), savings_text(plan)):
+        lines += [] if told is None else ["", told]
     lines += ["", _against_baseline(plan), ""]
     lines.append(_candidates("runners-up", plan.runners_up))
     if len(plan.front) > 1:
@@ -108,7 +112,8 @@ def _headline(plan: Plan) -> str:
     return f"{plan.architecture.name} on {where}, {gib(plan.spec.vram_bytes)}"
 
 
-def _config_rows(config: RunConfig) -> list[tuple[str, str]]:
+def config_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """Return a configuration knob by knob."""
     quantised = f", {config.quant_type}" + (", double" if config.double_quant else "")
     rows = [
         ("method", config.method + (quantised if config.method == "qlora" else "")),
@@ -193,8 +198,9 @@ def _against_baseline(plan: Plan) -> str:
     baseline = plan.baseline
     if baseline is None:
         return "baseline: none"
+    trainer = "TRL's DPOTrainer" if baseline.config.stage == "dpo" else "transformers.Trainer"
     text = (
-        "baseline (transformers.Trainer, QLoRA after prepare_model_for_kbit_training, micro-batch "
+        f"baseline ({trainer}, QLoRA after prepare_model_for_kbit_training, micro-batch "
         f"{baseline.config.micro_batch}): "
     )
     if baseline.measured is not None and baseline.measured.outcome != "ok":

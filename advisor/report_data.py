@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from tabulate import tabulate
 
-from lora_advisor.advisor.report import duration, interval_text
+from lora_advisor.advisor.report import interval_text, time_text
 from lora_advisor.probes.batching import Batching, batching_of
 from lora_advisor.probes.plan import DataSummary, Plan
-from lora_advisor.probes.prediction import Interval
 
 #: Shares of the rows whose length is told.
 _SHARES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -28,17 +27,31 @@ def lengths_text(data: DataSummary) -> str:
         f"{100 * share:g} % {length:,}"
         for share, length in zip(_SHARES, _quantiles(data), strict=True)
     )
-    share = data.truncated / data.rows
-    cut = f"{percent(share)} of the rows are cut" if data.truncated else "no row is cut"
+    name = "pair" if data.sequences > 1 else "row"
+    cut = _cut(data, name)
     chart = tabulate(
         _bars(data),
-        headers=["tokens", "rows", ""],
+        headers=["tokens", f"{name}s", ""],
         tablefmt="plain",
         colalign=("right", "right", "left"),
         disable_numparse=True,
     )
     longest = data.length_counts[-1][0]
-    return f"tokens of a row (quantiles): {told}, longest {longest:,}; {cut}\n{chart}"
+    of = "the longer sequence of a pair" if data.sequences > 1 else "a row"
+    return f"tokens of {of} (quantiles): {told}, longest {longest:,}; {cut}\n{chart}"
+
+
+def _cut(data: DataSummary, name: str) -> str:
+    """Write which share of the rows was too long, and what became of them."""
+    whole = data.rows - data.pieces + data.split + data.long_dropped
+    for count, what in (
+        (data.truncated, "are cut"),
+        (data.split, "are split"),
+        (data.long_dropped, "are left out, too long"),
+    ):
+        if count:
+            return f"{percent(count / whole)} of the {name}s {what}"
+    return f"no {name} is cut"
 
 
 def _quantiles(data: DataSummary) -> list[int]:
@@ -74,13 +87,17 @@ def data_text(plan: Plan) -> str | None:
         return None
     parts = [lengths_text(plan.data)]
     if plan.batchings:
-        chosen = batching_of(plan.chosen.config)
-        rows = [_row(batching, chosen) for batching in plan.batchings]
         headers = ["batches", "tokens/s without padding", "padding", "steps", "one epoch"]
-        parts.append(tabulate(rows, headers=headers, disable_numparse=True))
+        parts.append(tabulate(batching_rows(plan), headers=headers, disable_numparse=True))
         if plan.batchings[-1].name == "packed":
             parts.append("a packed sequence holds several rows, so its steps are fewer and larger")
     return "\n\n".join(parts)
+
+
+def batching_rows(plan: Plan) -> list[list[str]]:
+    """Return a row of words for each way to make micro-batches."""
+    chosen = batching_of(plan.chosen.config)
+    return [_row(batching, chosen) for batching in plan.batchings]
 
 
 def _row(batching: Batching, chosen: str) -> list[str]:
@@ -90,12 +107,5 @@ def _row(batching: Batching, chosen: str) -> list[str]:
         interval_text(batching.tokens_per_s),
         f"{100 * batching.padding_share:.1f} %",
         f"{batching.optimizer_steps:,}",
-        _time(batching.seconds),
+        time_text(batching.seconds),
     ]
-
-
-def _time(seconds: Interval | None) -> str:
-    if seconds is None:
-        return "unknown"
-    low, high = duration(seconds.low), duration(seconds.high)
-    return f"{duration(seconds.value)} ({low} to {high})"

@@ -94,20 +94,26 @@ def _peak(answer: FitAnswer, machine: Machine) -> list[str]:
 
 def memory_bars(memory: MemoryPrediction, *, context: str = "CUDA context") -> str:
     """Write the parts of the process at its peak as bars; they sum to it."""
+    parts = memory_parts(memory, context=context)
+    largest = max((size for _, size in parts), default=1) or 1
+    rows = [
+        (name, f"{size / GIB:.2f}", "#" * round(_BAR_WIDTH * size / largest))
+        for name, size in parts
+    ]
+    rows.append(("process", f"{memory.process_bytes / GIB:.2f}", ""))
+    return tabulate(rows, headers=["part", "GiB", ""], tablefmt="plain", disable_numparse=True)
+
+
+def memory_parts(
+    memory: MemoryPrediction, *, context: str = "CUDA context"
+) -> list[tuple[str, int]]:
+    """Return the parts of the process at its peak in bytes, largest first; they sum to it."""
     live = {_NAMES.get(name, name): size for name, size in memory.components.items()}
     live["cache and fragmentation"] = memory.reserved_bytes - memory.allocated_bytes
     live[context] = memory.process_bytes - memory.reserved_bytes
     # Where probes have taught the model, the parts are still those of the trace.
     live["learnt from probes"] = memory.allocated_bytes - sum(memory.components.values())
-    parts = sorted(live.items(), key=lambda part: -part[1])
-    largest = max((size for _, size in parts), default=1) or 1
-    rows = [
-        (name, f"{size / GIB:.2f}", "#" * round(_BAR_WIDTH * size / largest))
-        for name, size in parts
-        if abs(size) > 0
-    ]
-    rows.append(("process", f"{memory.process_bytes / GIB:.2f}", ""))
-    return tabulate(rows, headers=["part", "GiB", ""], tablefmt="plain", disable_numparse=True)
+    return sorted((part for part in live.items() if part[1]), key=lambda part: -part[1])
 
 
 def _largest_text(found: Largest, config: RunConfig) -> str:

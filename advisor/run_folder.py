@@ -4,6 +4,7 @@
     holdout.json        the hold-out's losses under the base model, row by row
     flagged-rows.jsonl  rows that the base model knows by heart
     progress.jsonl      what was reported
+    plan.json           the plan it was begun with, where there is one
     checkpoint-N/       the trainer's own; at least the last two that are complete
     best-N/             the model that was best on the hold-out
     stopped.json        why a guard ended the training
@@ -27,13 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_advisor.advisor.journal import JOURNAL
+from lora_advisor.advisor.processes import here
 from lora_advisor.probes.errors import OutputError, StackError, UsageError
 
-STATE, RESULT, ADAPTER = "state.json", "result.json", "adapter"
+STATE, RESULT, ADAPTER, PLAN = "state.json", "result.json", "adapter", "plan.json"
 HOLDOUT, FLAGGED, STOPPED = "holdout.json", "flagged-rows.jsonl", "stopped.json"
 
 #: What transformers' Trainer writes beside the weights; all of it decides how training goes on.
-_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+_ARCHIVES = ("optimizer.pt", "scheduler.pt")
 
 #: And with a GradScaler, which there is for fp16 on a GPU (transformers/trainer.py, SCALER_NAME).
 _SCALER = "scaler.pt"
@@ -66,19 +68,32 @@ class RunFolder:
         return _has_scaler(self.state["identity"], self.state["stack"])
 
     def look_again(self) -> None:
-        """Find the last complete checkpoint, and remove torn ones."""
-        self.checkpoint = last_complete_checkpoint(self.path, scaler=self.has_scaler)
+        """Find the last complete checkpoint, and remove torn ones; the first process does."""
+        self.checkpoint = here().first(self.remove_torn)
+
+    def remove_torn(self) -> Path | None:
+        """Remove torn checkpoints, and return the last complete one."""
+        return last_complete_checkpoint(
+            self.path, scaler=self.has_scaler, processes=self.processes
+        )
+
+    @property
+    def processes(self) -> int:
+        """How many processes train."""
+        return int(self.state["identity"].get("processes", 1))
 
     def checkpoint_until(self, step: int) -> Path | None:
         """Return the last complete checkpoint of at most so many steps."""
         found = sorted(self.path.glob("checkpoint-*"), key=step_of, reverse=True)
-        complete = (f for f in found if step_of(f) <= step and is_complete(f, self.has_scaler))
+        scaler, processes = self.has_scaler, self.processes
+        complete = (f for f in found if step_of(f) <= step and is_complete(f, scaler, processes))
         return next(complete, None)
 
     def keep(self, **values: Any) -> None:
-        """Add to state.json."""
+        """Add to state.json; of several processes the first writes, and all remember."""
         self.state.update(values)
-        write_json(self.path / STATE, self.state)
+        if here().is_first:
+            write_json(self.path / STATE, self.state)
 
 
 def open_run_folder(
@@ -107,13 +122,12 @@ def open_run_folder(
         )
     if state is not None and resume:
         _check_same(path, state["identity"], identity)
-        scaler = _has_scaler(state["identity"], state["stack"])
-        checkpoint = last_complete_checkpoint(path, scaler=scaler)
-        if checkpoint is not None:
+        run = RunFolder(path=path, state=state, checkpoint=None, result=read_json(path / RESULT))
+        run.checkpoint = run.remove_torn()
+        if run.checkpoint is not None:
             _check_stack(path, state["stack"], stack)
-        result = read_json(path / RESULT)
-        return RunFolder(path=path, state=state, checkpoint=checkpoint, result=result)
-    for name in (RESULT, HOLDOUT, FLAGGED, STOPPED, JOURNAL, STATE):
+        return run
+    for name in (RESULT, HOLDOUT, FLAGGED, STOPPED, JOURNAL, PLAN, STATE):
         if name == STATE:  # it goes last: it says that the rest is ours
             for folder in [*found, *path.glob("best-*"), path / ADAPTER]:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -128,28 +142,36 @@ def _has_scaler(identity: Mapping[str, Any], stack: Mapping[str, Any]) -> bool:
     return fp16 and stack.get("device") == "cuda"
 
 
-def last_complete_checkpoint(path: Path, *, scaler: bool = False) -> Path | None:
+def last_complete_checkpoint(
+    path: Path, *, scaler: bool = False, processes: int = 1
+) -> Path | None:
     """Return the latest checkpoint that can be gone on from, and remove torn ones."""
     complete = None
     for folder in sorted(path.glob("checkpoint-*"), key=step_of):
-        if is_complete(folder, scaler):
+        if is_complete(folder, scaler, processes):
             complete = folder
         else:
             shutil.rmtree(folder, ignore_errors=True)
     return complete
 
 
-def is_complete(checkpoint: Path, scaler: bool = False) -> bool:
+def is_complete(checkpoint: Path, scaler: bool = False, processes: int = 1) -> bool:
     """Whether every file that an exact continuation needs is there and can be read to its end.
 
     Args:
         checkpoint: The folder.
         scaler: Whether the state of a GradScaler is one of them.
+        processes: How many trained: each has written its random numbers.
     """
     state = read_json(checkpoint / "trainer_state.json")
     if state is None or state.get("global_step") != step_of(checkpoint):
         return False
-    archives = (*_ARCHIVES, _SCALER) if scaler else _ARCHIVES
+    archives = [*_ARCHIVES, *([_SCALER] if scaler else [])]
+    archives += (
+        ["rng_state.pth"]
+        if processes == 1
+        else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    )
     if not all(_is_archive(checkpoint / name) for name in archives):
         return False
     index = read_json(checkpoint / "model.safetensors.index.json")
@@ -225,6 +247,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    old, new = ({"processes": 1, **named} for named in (old, new))
     for name in {**old, **new}:
         if old.get(name) != new.get(name):
             raise UsageError(

@@ -14,6 +14,10 @@ from lora_advisor.probes.finetune import Row, Schedule
 #: The warm-up is one step in so many, up to the ceiling: enough for Adam's averages to fill.
 WARMUP_SHARE, WARMUP_CEILING = 20, 10
 
+#: Peak learning rate where the user names none, by stage: the QLoRA paper's for models up to 13B
+#: (arXiv 2305.14314, table 9), and that of TRL's own script for LoRA (trl/scripts/dpo.py).
+LEARNING_RATES = {"sft": 2e-4, "dpo": 5e-6}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -30,11 +34,14 @@ class Settings:
     warmup_steps: int | None = None
     check_rows: int | None = None
     drop_known: bool = False
+    long_rows: str = "truncate"
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
         if not self.epochs > 0:
             raise UsageError(f"`epochs` must be above 0, but got {self.epochs!r}.")
+        if self.epochs == math.inf:
+            raise UsageError("`epochs` must be a finite number, but got inf.")
         if self.max_steps is not None and self.max_steps < 1:
             raise UsageError(f"`max_steps` must be at least 1, but got {self.max_steps!r}.")
         if not 0 < self.learning_rate < math.inf:
@@ -52,16 +59,18 @@ class Settings:
         if self.check_rows is not None and self.check_rows < 0:
             raise UsageError(f"`check_rows` must be at least 0, but got {self.check_rows!r}.")
 
-    def identity(self) -> dict[str, float | int | None]:
+    def identity(self) -> dict[str, float | int | str | None]:
         """Return what decides the weights that come out; what is left at its default is left out.
 
         The older settings are there always, as state.json has them.
         """
-        later: dict[str, int | None] = {}
+        later: dict[str, int | str | None] = {}
         if self.warmup_steps is not None:
             later["warmup_steps"] = self.warmup_steps
         if self.drop_known:
             later.update(drop_known=True, check_rows=self.check_rows)
+        if self.long_rows != "truncate":
+            later["long_rows"] = self.long_rows
         return {
             "epochs": self.epochs,
             "max_steps": self.max_steps,

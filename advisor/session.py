@@ -19,9 +19,11 @@ from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import BusyError, StackError, UnavailableError
 from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import GIB, Machine, Stack
+from lora_advisor.probes.prices import Price
 from lora_advisor.probes.record import ProbeResult, difference, read_records, same_place
 from lora_advisor.probes.runner import run_probe
 from lora_advisor.probes.spec import Spec
+from lora_advisor.probes.trail import Probed
 
 #: Steps of a probe: the first makes the optimizer's states (and compiles), the second is like all
 #: others; the median of three stands. A proof measures more.
@@ -54,6 +56,9 @@ class Session:
     probes: int = 0
     reused: int = 0
     trials: int = 0
+    trail: list[Probed] = field(default_factory=list)
+    #: What cards cost to rent, where the user has brought that.
+    prices: tuple[Price, ...] | None = None
 
 
 def prober(session: Session, record: Path, server: ForkServer | None) -> Probe:
@@ -104,6 +109,7 @@ def reuse(session: Session, record: Path, *, strict: bool = False) -> None:
     if useful:
         session.say(f"{len(useful)} earlier probes of this machine and stack taken up")
         session.reused = len(useful)
+        session.trail += [Probed.of(result, "earlier") for result in useful]
         session.predictor = session.predictor.learn(useful)
 
 
@@ -136,10 +142,13 @@ def run(
     if known is not None and (known.outcome != "ok" or len(known.step_times_s) >= steps):
         return known
     layers = None if why == "proof" else _layers(session, config)
+    expected = session.predictor.predict(config)
     result = _once(session, config, layers, steps)
     if result.doubts and why != "baseline":
+        session.trail.append(Probed.of(result, why, expected, layers))
         session.say(f"measured again: {', '.join(result.doubts)}")
         result = _once(session, config, layers, steps)
+    session.trail.append(Probed.of(result, why, expected, layers))
     session.probes += 1
     session.predictor = session.predictor.learn([result])
     part = "" if layers is None else f", {layers} of {session.architecture.num_layers} layers"

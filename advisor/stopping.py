@@ -5,14 +5,20 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+from lora_advisor.advisor.processes import here
 from lora_advisor.probes.errors import AdvisorError
 
 #: The signals that ask for it, by the shell's exit code: 128 and the signal's number.
 SIGNALS = {130: signal.SIGINT, 143: signal.SIGTERM}
+
+#: A launcher passes on a signal that the terminal has sent to all already; within so many seconds
+#: it is the same one.
+_ECHO_S = 5.0
 
 
 class Interrupted(AdvisorError):  # noqa: N818 # not an error: what was asked for
@@ -37,6 +43,7 @@ class Stopper:
         self._before: dict[int, Any] = {}
         self.in_steps = False
         self.number: int | None = None
+        self._heard_at: float | None = None
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -57,8 +64,14 @@ class Stopper:
         self._before.clear()
 
     def _heard(self, number: int, _: FrameType | None) -> None:
-        self.number = number
-        self._restore()
+        now = time.monotonic()
+        if self._heard_at is not None and now - self._heard_at < _ECHO_S:
+            return
+        if here().size == 1 or self._heard_at is not None:
+            self._restore()
+        if self._heard_at is not None:
+            signal.raise_signal(number)  # the second one
+        self.number, self._heard_at = number, now
         if not self.in_steps:
             raise self.interrupted(None)
         with contextlib.suppress(RuntimeError):  # the signal came while this was being written to

@@ -27,7 +27,7 @@ _NOT_TRACING = (
     "cards.py", "child.py", "cutting.py", "energy.py", "exchange.py", "files.py", "forkserver.py",
     "hub.py", "json_rows.py", "layout.py", "machine.py", "meter.py", "nvml.py", "pairs.py",
     "plan.py", "prediction.py", "record.py", "rivals.py", "rows.py", "runner.py", "sources.py",
-    "spec.py", "stopwatch.py", "tokens.py", "trace_batch.py", "turns.py", "worker.py",
+    "spec.py", "stopwatch.py", "tokens.py", "trace_batch.py", "trail.py", "turns.py", "worker.py",
 )  # fmt: skip
 
 

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lora_advisor.advisor.as_one_of import as_one_of
 from lora_advisor.advisor.asking import training_device
+from lora_advisor.advisor.options import long_rows_option
 from lora_advisor.probes.errors import UsageError
 
 if TYPE_CHECKING:
+    from lora_advisor.advisor.launched import Launch
     from lora_advisor.advisor.outcome import Progress, TrainingResult
+    from lora_advisor.probes.config import RunConfig
     from lora_advisor.probes.plan import Plan
 
 #: Exit code where a guard has stopped the training and an older checkpoint is what is offered.
@@ -53,7 +57,8 @@ _PASSED = (
     "--epochs", type=float, default=None, help="Passes over the data (default: the plan's)."
 )
 @click.option("--max-steps", type=int, default=None, help="Optimizer steps instead of epochs.")
-@click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="Its peak.")
+@click.option("--learning-rate", type=float, default=None, help="Its peak (default: 2e-4; of stage "
+              "dpo 5e-6).")  # fmt: skip
 @click.option("--warmup-steps", type=int, default=None, help="Steps in which the learning rate "
               "rises (default: one in twenty, at most ten).")  # fmt: skip
 @click.option(
@@ -63,6 +68,7 @@ _PASSED = (
     show_default=True,
     help="Share of the rows to evaluate on and never train on.",
 )
+@long_rows_option("the plan's", default=None)
 @click.option("--eval-batch", type=int, default=None, help="Rows in one evaluation batch "
               "(default: the micro-batch).")  # fmt: skip
 @click.option("--eval-steps", type=int, default=None, help="Steps between two evaluations of the "
@@ -99,11 +105,19 @@ def train(plan_file: Path, **options: Any) -> int:  # fmt: skip
     Examples:
       lora-advisor train plan.json --data chat.jsonl --output runs/first
       lora-advisor train plan.json --output runs/first --eval-steps 100 --drop-known
+      lora-advisor train plan.json --output runs/first --long-rows split
     """
-    from lora_advisor.advisor.stopping import Interrupted
+    return as_one_of(lambda launch: _train(plan_file, options, launch))
+
+
+def _train(plan_file: Path, options: dict[str, Any], launch: Launch) -> int:
+    """Train as one of the processes that a launcher has started, mostly the only one."""
+    from lora_advisor.advisor.launched import forget_precision, shared_config, take_own_card
     from lora_advisor.probes.plan import read_plan
 
     made = read_plan(plan_file)
+    gpus = made.spec.gpus
+    config = shared_config(made.chosen.config, planned_for=gpus, processes=launch.size)
     device = training_device(made, ignore=options["ignore_stack"])
     data = options["data"] or (None if made.spec.data is None else Path(made.spec.data))
     if data is None:
@@ -112,43 +126,68 @@ def train(plan_file: Path, **options: Any) -> int:  # fmt: skip
         os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    if device == "cuda":
+        take_own_card(launch)
+    forget_precision()
+    if launch.size != gpus and launch.rank == 0:
+        _say(
+            f"the plan is for {_several(gpus, 'card')}, and {_several(launch.size, 'process')} "
+            f"will train: as many rows in a step, {config.accumulation} accumulation"
+        )
+    from lora_advisor.advisor.processes import joined
     from lora_advisor.advisor.report_training import training_text
+    from lora_advisor.advisor.stopping import Interrupted
 
     try:
-        result = _run(made, data, device, options)
+        with joined(launch, device):
+            result = _run(made, config, data, device, options)
     except Interrupted as stopped:
-        _say(str(stopped))
+        if launch.rank == 0:
+            _say(str(stopped))
         return stopped.exit_code
-    click.echo(json.dumps(result.to_json()) if options["as_json"] else training_text(result))
+    if launch.rank == 0:
+        click.echo(json.dumps(result.to_json()) if options["as_json"] else training_text(result))
     guarded = result.stop is not None and result.stop.reason != "over-fitting"
     return _GUARDED if guarded else 0
 
 
-def _run(made: Plan, data: Path, device: str, options: dict[str, Any]) -> TrainingResult:
+def _run(
+    made: Plan, config: RunConfig, data: Path, device: str, options: dict[str, Any]
+) -> TrainingResult:
+    from lora_advisor.advisor.processes import here
+    from lora_advisor.advisor.time_ahead import seconds_per_token
     from lora_advisor.advisor.training import Predicted
     from lora_advisor.advisor.training import train as run_training
 
     return run_training(
-        made.chosen.config,
+        config,
         made.architecture,
         data,
         options["output"],
         device=device,
         cap_bytes=made.cap_bytes if device == "cuda" else None,
         epochs=options["epochs"] if options["epochs"] is not None else made.spec.epochs,
+        long_rows=options["long_rows"] or made.spec.long_rows,
         stop_on_overfit=not options["no_stop_on_overfit"],
         resume=not options["restart"],
-        predicted=Predicted(
-            padded_tokens_per_s=made.chosen.tokens_per_s,
+        predicted=None
+        if here().size != made.spec.gpus
+        else Predicted(
+            padded_tokens_per_s=made.tokens_per_s,
             peak_bytes=made.chosen.measured.process_bytes
             if made.chosen.measured is not None
             else made.chosen.prediction.memory.process_bytes,
-            train_seconds=None,
+            seconds_per_token=seconds_per_token(made),
         ),
+        plan=made.to_json(),
         progress=_progress,
         say=_say,
         **{name: options[name] for name in _PASSED},
     )
+
+
+def _several(count: int, what: str) -> str:
+    return f"one {what}" if count == 1 else f"{count} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def _say(line: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from lora_advisor.advisor.outcome import Measured, Progress
+from lora_advisor.advisor.processes import here
 from lora_advisor.probes.meter import Memory, Meter
 
 #: Seconds between two reports.
@@ -27,7 +28,8 @@ class Watch(TrainerCallback):
     """Counts and times the steps; tells `progress` of them and `saved` of checkpoints.
 
     A step's time runs from the end of the one before and includes loading its rows, but neither
-    reports nor checkpoints.
+    reports nor checkpoints. Of several processes all count: tokens and power are sums, memory is
+    that of the one that holds most, and the first says when a report is due.
     """
 
     def __init__(
@@ -92,10 +94,12 @@ class Watch(TrainerCallback):
         """Note a step, and ask for a report when it is time for one."""
         self._meter.synchronize()
         now = perf_counter()
-        self._steps.append((now - self._mark, self._tokens, self._padded))
+        seen = here().numbers(self._tokens, self._padded, now - self._reported >= REPORT_S)
+        tokens, padded = (int(sum(one[at] for one in seen)) for at in (0, 1))
+        self._steps.append((now - self._mark, tokens, padded))
         self._tokens = self._padded = 0
         self._mark = now
-        if now - self._reported >= REPORT_S or state.global_step in (1, state.max_steps):
+        if seen[0][2] or state.global_step in (1, state.max_steps):
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -114,7 +118,7 @@ class Watch(TrainerCallback):
                 tokens_per_s=sum(step[1] for step in recent) / seconds,
                 padded_tokens_per_s=sum(step[2] for step in recent) / seconds,
                 peak_bytes=self._peak_bytes(),
-                power_w=self._power_w(),
+                power_w=_all_known(sum, self._power_w()),
                 seconds_left=(state.max_steps - state.global_step) * pace,
             )
         )
@@ -146,7 +150,8 @@ class Watch(TrainerCallback):
 
     def _peak_bytes(self) -> int | None:
         memory = self._memory()
-        return memory.reserved_bytes if memory.process_bytes is None else memory.process_bytes
+        held = memory.reserved_bytes if memory.process_bytes is None else memory.process_bytes
+        return _bytes(held)
 
     def measured(self) -> Measured:
         """Return what was measured, once training has ended."""
@@ -162,7 +167,18 @@ class Watch(TrainerCallback):
             step_s=median([seconds for seconds, _, _ in steps]),
             steps_measured=len(steps),
             train_seconds=self.seconds,
-            peak_bytes=memory.process_bytes,
-            allocated_bytes=memory.allocated_bytes,
-            reserved_bytes=memory.reserved_bytes,
+            peak_bytes=_bytes(memory.process_bytes),
+            allocated_bytes=_bytes(memory.allocated_bytes),
+            reserved_bytes=_bytes(memory.reserved_bytes),
         )
+
+
+def _all_known(join: Callable[[list[float]], float], value: float | None) -> float | None:
+    """Return what the values of all processes come to; None where one does not know its own."""
+    values = [one for (one,) in here().numbers(-1.0 if value is None else value)]
+    return None if min(values) < 0 else join(values)
+
+
+def _bytes(size: int | None) -> int | None:
+    largest = _all_known(max, size)
+    return None if largest is None else int(largest)

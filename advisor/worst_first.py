@@ -1,4 +1,4 @@
-"""Before the first step: the longest rows, forward and backward, so that memory runs out now."""
+"""Before the first step: the longest rows or pairs, both ways, so that memory runs out now."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
+from lora_advisor.advisor.data_parallel import alone
 from lora_advisor.advisor.evaluation import same_random_numbers
+from lora_advisor.advisor.processes import here
 from lora_advisor.probes.finetune import Row
+from lora_advisor.probes.preference import row_lengths
 
 #: What the trainers count for their reports; the rows tried here are no part of it.
 _COUNTS = ("_metrics", "_total_train_tokens")
@@ -27,10 +30,10 @@ class WorstFirst(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Try a micro-batch, and an evaluation batch where there is a hold-out."""
-        self._train_rows(args.per_device_train_batch_size)
+        here().together(lambda: self._train_rows(args.per_device_train_batch_size))
         held: Any = self._trainer.eval_dataset
         if held is not None:
-            self._evaluate(_longest(held, args.per_device_eval_batch_size))
+            self._evaluate(_longest(held, args.per_device_eval_batch_size * here().size))
 
     def _train_rows(self, count: int) -> None:
         import copy
@@ -39,18 +42,20 @@ class WorstFirst(TrainerCallback):
         kept = {name: copy.deepcopy(vars(trainer)[name]) for name in _COUNTS if name in
                 vars(trainer)}  # fmt: skip
         rows = _longest(trainer.train_dataset, count)
-        with same_random_numbers():
+        # Of several processes each tries them by itself, past DDP: none waits for another.
+        model = trainer.model_wrapped if here().size == 1 else trainer.model
+        with alone(), same_random_numbers():
             batch = trainer.data_collator(rows)
             items = trainer._get_num_items_in_batch([batch], trainer.args.device)
             vars(trainer)["current_gradient_accumulation_steps"] = 1
             # The method of the class: what counts and times the steps does not see this one.
-            type(trainer).training_step(trainer, trainer.model_wrapped, batch, items)
+            type(trainer).training_step(trainer, model, batch, items)
         trainer.model.zero_grad()
         vars(trainer).pop("kept_outputs", None)
         vars(trainer).update(kept)
 
 
 def _longest(rows: Any, count: int) -> list[Any]:
-    lengths = [len(ids) for ids in rows["input_ids"]]
+    lengths = row_lengths(rows)
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     return [rows[row] for row in order[:count]]

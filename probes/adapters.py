@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lora_advisor.probes.arguments import lora_arguments
 from lora_advisor.probes.config import RunConfig
 
 if TYPE_CHECKING:
@@ -12,21 +14,16 @@ if TYPE_CHECKING:
 
 def lora_config(config: RunConfig, model: Any) -> Any:
     """Return peft's LoraConfig for adapters on a base model."""
+    assert config.lora is not None
+    refused = routers(model) if config.lora.targets == "all-linear" else []
+    return make_lora_config(config, exclude=refused)
+
+
+def make_lora_config(config: RunConfig, *, exclude: Sequence[str]) -> Any:
+    """Return peft's LoraConfig; `exclude` as in `lora_arguments`."""
     from peft import LoraConfig
 
-    shape = config.lora
-    assert shape is not None
-    targets = shape.targets if isinstance(shape.targets, str) else list(shape.targets)
-    routers = _routers(model) if targets == "all-linear" else []
-    adapters = LoraConfig(
-        r=shape.r,
-        lora_alpha=shape.alpha,
-        lora_dropout=shape.dropout,
-        target_modules=targets,
-        exclude_modules=routers or None,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    adapters = LoraConfig(**lora_arguments(config, exclude=exclude))
     if config.adapter == "fused":
         from lora_advisor.probes.fused_adapter import fused_layers
 
@@ -34,7 +31,7 @@ def lora_config(config: RunConfig, model: Any) -> Any:
     return adapters
 
 
-def _routers(model: Any) -> list[str]:
+def routers(model: Any) -> list[str]:
     """Return the names of linear layers whose output is no tensor.
 
     Routers of mixtures that return their choice of experts too (modeling_phimoe.py,

@@ -60,6 +60,16 @@ def bundled_names() -> tuple[str, ...]:
     )
 
 
+@cache
+def hub_id_of(name: str) -> str | None:
+    """Return the hub id of a bundled architecture, where its weights are; None for other names."""
+    if name.lower() not in bundled_names():
+        return None
+    text = (resources.files(__package__) / "bundled" / f"{name.lower()}.json").read_text("utf-8")
+    hub_id = json.loads(text).get("hub_id")
+    return None if hub_id is None else str(hub_id)
+
+
 def load_bundled(name: str) -> Architecture:
     """Read one architecture that ships with the package."""
     text = (resources.files(__package__) / "bundled" / f"{name}.json").read_text("utf-8")

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from typing import Any
 
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.machine import GIB, Machine
@@ -27,6 +28,7 @@ class Card:
         tdp_w: Board power.
         compute_capability: Such as "8.9".
         source: Where the figures come from.
+        link: Key of what joins cards of this kind in one host, in `links`; None for unknown.
     """
 
     key: str
@@ -39,6 +41,7 @@ class Card:
     tdp_w: float
     compute_capability: str
     source: str
+    link: str | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -55,11 +58,39 @@ class Card:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """What joins cards in one host.
+
+    Attributes:
+        name: For people.
+        gb_s: 10^9 bytes a second, one way, by its makers.
+        source: Where the figure comes from.
+    """
+
+    name: str
+    gb_s: float
+    source: str
+
+
+@cache
+def links() -> dict[str, Link]:
+    """Return the links by key."""
+    return {key: Link(**figures) for key, figures in _table()["links"].items()}
+
+
+@cache
+def _table() -> dict[str, Any]:
+    """Return the file of cards and links."""
+    text = (resources.files(__package__) / "cards.json").read_text("utf-8")
+    table: dict[str, Any] = json.loads(text)
+    return table
+
+
 @cache
 def cards() -> dict[str, Card]:
     """Return the table by key."""
-    text = (resources.files(__package__) / "cards.json").read_text("utf-8")
-    return {key: Card(key=key, **figures) for key, figures in json.loads(text)["cards"].items()}
+    return {key: Card(key=key, **figures) for key, figures in _table()["cards"].items()}
 
 
 def find_card(name: str) -> Card:

@@ -271,7 +271,7 @@ class RunConfig:
         for name, wanted, why in (
             ("trainer", "trl", "it is TRL's DPOTrainer that trains on pairs"),
             ("packing", False, "TRL does not pack pairs"),
-            ("group_by_length", False, "pairs are not grouped by length"),
+            ("group_by_length", False, "Trainer groups by `input_ids`, which pairs do not have"),
         ):
             if getattr(self, name) != wanted:
                 raise UsageError(

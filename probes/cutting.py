@@ -34,6 +34,7 @@ class TokenisedData:
         split: Rows that became several.
         pieces: Rows that these became.
         pieces_dropped: Pieces without a trained token, left out.
+        sources: For each of `rows`, the number of the row of the file it is of, from 0 on.
     """
 
     rows: tuple[TokenRow, ...] = field(repr=False)
@@ -44,16 +45,23 @@ class TokenisedData:
     split: int = 0
     pieces: int = 0
     pieces_dropped: int = 0
+    sources: tuple[int, ...] = field(default=(), repr=False)
 
 
-def check_long_rows(long_rows: str) -> None:
-    """Refuse a word that does not say what becomes of long rows.
+def check_long_rows(long_rows: str, stage: str = "sft") -> None:
+    """Refuse a word that does not say what becomes of long rows, or not of these.
 
     Raises:
-        UsageError: It is none of `LONG_ROWS`.
+        UsageError: It is none of `LONG_ROWS`, or the rows are preference pairs and would be split
+            or dropped.
     """
     if long_rows not in LONG_ROWS:
         raise UsageError(f"`long_rows` must be {', '.join(LONG_ROWS)}, but got {long_rows!r}.")
+    if stage == "dpo" and long_rows != "truncate":
+        raise UsageError(
+            "`--long-rows` must be truncate with `--stage dpo`, whose pairs are only ever cut at "
+            f"their end, but got {long_rows!r}; leave it out."
+        )
 
 
 def cut_rows(encoded: Sequence[Encoded], seq_len: int, long_rows: str) -> TokenisedData:
@@ -66,10 +74,11 @@ def cut_rows(encoded: Sequence[Encoded], seq_len: int, long_rows: str) -> Tokeni
     """
     check_long_rows(long_rows)
     rows: list[TokenRow] = []
+    sources: list[int] = []
     counts = dict.fromkeys(
         ("truncated", "dropped", "long_dropped", "split", "pieces", "pieces_dropped"), 0
     )
-    for row in encoded:
+    for number, row in enumerate(encoded):
         long = len(row.ids) > seq_len
         if long and long_rows == "drop":
             counts["long_dropped"] += 1
@@ -78,6 +87,7 @@ def cut_rows(encoded: Sequence[Encoded], seq_len: int, long_rows: str) -> Tokeni
         parts = list(_pieces(row, seq_len)) if split else [(0, seq_len)]
         kept = [piece for piece in (_piece(row, *part) for part in parts) if _teaches(piece)]
         rows += kept
+        sources += [number] * len(kept)
         counts["dropped"] += not kept
         if split:
             counts["pieces_dropped"] += len(parts) - len(kept)
@@ -86,7 +96,7 @@ def cut_rows(encoded: Sequence[Encoded], seq_len: int, long_rows: str) -> Tokeni
         elif kept:
             counts["truncated"] += long
     lengths = tuple(len(row.ids) for row in encoded)
-    return TokenisedData(rows=tuple(rows), lengths=lengths, **counts)
+    return TokenisedData(rows=tuple(rows), lengths=lengths, sources=tuple(sources), **counts)
 
 
 def _pieces(row: Encoded, seq_len: int) -> Iterator[tuple[int, int]]:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_advisor.probes.adapters import lora_config
+from lora_advisor.probes.arguments import padding_multiple, training_arguments, trl_arguments
 from lora_advisor.probes.batching import order_by_length
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.randomness import draws_numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -60,64 +62,6 @@ class Schedule:
     eval_batch: int = 1
 
 
-def training_arguments(config: RunConfig, schedule: Schedule, *, device: str) -> dict[str, Any]:
-    """Return the keyword arguments that transformers' and TRL's arguments have in common."""
-    checkpointing: dict[str, Any] = {}
-    if config.checkpoint_every is not None:
-        checkpointing = {"use_reentrant": False}
-        if config.checkpoint_every > 1:
-            checkpointing["every_n_layers"] = config.checkpoint_every
-        if config.checkpointing == "offload":
-            checkpointing["offload"] = True
-    autocast = config.trainer != "loop"
-    shuffled = "group_by_length" if config.group_by_length else "random"
-    arguments: dict[str, Any] = {
-        "output_dir": schedule.output_dir,
-        "per_device_train_batch_size": config.micro_batch,
-        "per_device_eval_batch_size": schedule.eval_batch,
-        "gradient_accumulation_steps": config.accumulation,
-        "max_steps": schedule.max_steps,
-        "num_train_epochs": schedule.epochs,
-        "learning_rate": schedule.learning_rate,
-        "lr_scheduler_type": schedule.scheduler,
-        "warmup_steps": schedule.warmup_steps,
-        "optim": config.optimizer,
-        "bf16": autocast and config.precision == "bf16",
-        "fp16": autocast and config.precision == "fp16" and device == "cuda",
-        "activation_checkpointing": config.checkpoint_every is not None,
-        "activation_checkpointing_kwargs": checkpointing or None,
-        "torch_compile": config.compile == "model",
-        "use_liger_kernel": config.kernels == "liger",
-        "liger_kernel_config": _liger_config(config),
-        "use_cpu": device != "cuda",
-        "seed": schedule.seed,
-        # Full rows, the only ones that are not shuffled, need no grouping.
-        "train_sampling_strategy": shuffled if schedule.shuffle else "sequential",
-        "save_strategy": "no" if schedule.save_steps is None else "steps",
-        "eval_strategy": "no",
-        "logging_strategy": "no" if schedule.logging_steps is None else "steps",
-        "disable_tqdm": True,
-        "report_to": "none",
-        "dataloader_pin_memory": device == "cuda",
-        "remove_unused_columns": False,
-        # The bare loop clips nothing; the trainers clip at 1.0, their default.
-        "max_grad_norm": 1.0 if autocast else 0.0,
-    }
-    if schedule.save_steps is not None:
-        arguments["save_steps"] = schedule.save_steps
-        arguments["save_total_limit"] = 2
-    if schedule.logging_steps is not None:
-        arguments["logging_steps"] = schedule.logging_steps
-    return arguments
-
-
-def _liger_config(config: RunConfig) -> dict[str, bool] | None:
-    if config.kernels != "liger":
-        return None
-    fused = config.loss == "fused" and config.trainer != "trl"  # TRL brings its own fused loss
-    return {"fused_linear_cross_entropy": fused, "cross_entropy": False}
-
-
 def build_trainer(
     config: RunConfig,
     model: PreTrainedModel,
@@ -139,14 +83,13 @@ def build_trainer(
         device: "cuda" or "cpu".
         callbacks: transformers' TrainerCallbacks.
     """
-    model.config.use_cache = False
-    if config.fp32_upcast:
-        _upcast(config, model)
-    if config.compile == "layers":
-        for layer in decoder_layers(model):
-            layer.compile(dynamic=False)
+    prepare_model(config, model)
     arguments = training_arguments(config, schedule, device=device)
-    with _quiet_deprecations():
+    checkpointing = arguments["activation_checkpointing_kwargs"]
+    if checkpointing is not None and not draws_numbers(config, model):
+        # Reading the generators' states for each layer takes the host some 100 us.
+        checkpointing["preserve_rng_state"] = False
+    with quiet_deprecations():
         if config.stage == "dpo":
             trainer = _dpo_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
         elif config.trainer == "trl":
@@ -156,12 +99,53 @@ def build_trainer(
     if config.group_by_length and schedule.shuffle:
         order_by_length(trainer, [len(row["input_ids"]) for row in rows], seed=schedule.seed)
     if config.precision == "fp16":
-        # TRL casts the adapters of a quantised model to bf16, which a GradScaler cannot unscale.
-        trained: Any = trainer.model
-        for parameter in trained.parameters():
-            if parameter.requires_grad and parameter.dtype == _bfloat16():
-                parameter.data = parameter.data.float()
+        cast_up_adapters(trainer.model)
     return trainer
+
+
+def prepare_model(config: RunConfig, model: PreTrainedModel) -> None:
+    """Make of a loaded model what a configuration asks for beside the trainer's own arguments."""
+    model.config.use_cache = False
+    if config.fp32_upcast:
+        _upcast(config, model)
+    if config.compile == "layers":
+        _compile_layers(model)
+
+
+def _compile_layers(model: PreTrainedModel) -> None:
+    """Have each decoder layer compiled when it first runs.
+
+    A generator among a graph's inputs, which checkpointed attention has on CUDA for a dropout of
+    zero too, keeps compiled code out of Inductor's cache (`GraphSafeRunWithRngState` in
+    torch/_prims/rng_prims.py is not cacheable, 2.11 to 2.13); the generator's state does not.
+    """
+    import torch._functorch.config as functorch
+
+    functorch.graphsafe_rng_functionalization = False
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=False)
+
+
+def with_adapter(config: RunConfig, model: PreTrainedModel) -> Any:
+    """Return the model with its adapter, for the trainers that do not put it on themselves."""
+    from peft import get_peft_model
+
+    if config.method == "full":
+        return model
+    trained: Any = get_peft_model(model, lora_config(config, model))
+    if config.checkpoint_every is not None:
+        trained.enable_input_require_grads()
+    return trained
+
+
+def cast_up_adapters(model: Any) -> None:
+    """Hold what is trained in fp32 where it is bf16.
+
+    TRL casts the adapters of a quantised model to bf16, which a GradScaler cannot unscale.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype == _bfloat16():
+            parameter.data = parameter.data.float()
 
 
 def _trl_trainer(
@@ -184,10 +168,7 @@ def _trl_trainer(
         model=model,
         args=SFTConfig(
             **arguments,
-            max_length=config.seq_len,
-            packing=config.packing,
-            eval_packing=False,
-            pad_to_multiple_of=_padding(config),
+            **trl_arguments(config),
             # Rows are tokenised, labelled and cut; only packing is left to do.
             dataset_kwargs={"skip_prepare_dataset": not config.packing},
         ),
@@ -215,7 +196,7 @@ def _dpo_trainer(
 
     trainer: Trainer = preference_trainer()(
         model=model,
-        args=DPOConfig(**arguments, max_length=config.seq_len, pad_to_multiple_of=_padding(config)),
+        args=DPOConfig(**arguments, **trl_arguments(config)),
         train_dataset=_dataset(rows),
         eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
         processing_class=tokenizer,
@@ -234,16 +215,11 @@ def _plain_trainer(
     arguments: dict[str, Any],
     callbacks: Sequence[Any],
 ) -> Trainer:
-    from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
     from lora_advisor.probes.dataset import Collator
 
-    trained: Any = model
-    if config.method != "full":
-        trained = get_peft_model(model, lora_config(config, model))
-        if config.checkpoint_every is not None:
-            trained.enable_input_require_grads()
+    trained = with_adapter(config, model)
     kind = _loop_trainer() if config.trainer == "loop" else Trainer
     return kind(
         model=trained,
@@ -251,21 +227,11 @@ def _plain_trainer(
         train_dataset=_dataset(rows),
         eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
         data_collator=Collator(
-            pad_token_id=int(tokenizer.pad_token_id or 0), multiple=_padding(config) or 1
+            pad_token_id=int(tokenizer.pad_token_id or 0), multiple=padding_multiple(config) or 1
         ),
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-
-
-def _padding(config: RunConfig) -> int | None:
-    """Return what lengths are padded to a multiple of; None for the longest row of a batch.
-
-    Compiled code is for one shape: at the eighth length dynamo gives up and the layers run eagerly
-    (torch._dynamo.config.recompile_limit), so every batch is padded to the full length.
-    """
-    compiled = config.compile != "off" and not config.packing
-    return config.seq_len if compiled else None
 
 
 def _loop_trainer() -> type[Trainer]:
@@ -333,7 +299,7 @@ def _bfloat16() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_deprecations() -> Iterator[None]:
+def quiet_deprecations() -> Iterator[None]:
     """Silence TRL's notice that `use_liger_kernel` will go: it is what this TRL version offers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*use_liger_kernel.*", category=FutureWarning)

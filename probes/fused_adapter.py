@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import layer as peft_layer
+from torch.utils.checkpoint import checkpoint
 
 #: x W' + s x A' B', with W frozen: gradients of the input and of both factors.
 _Gradients = tuple[torch.Tensor | None, ...]
@@ -73,6 +74,29 @@ class _AdaptedProduct(torch.autograd.Function):
         return of_x, of_a, of_b, None, None
 
 
+def _traceable_product(
+    x: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor, scaling: float, layer: Any
+) -> torch.Tensor:
+    """Return what `_AdaptedProduct` returns, in operations that the compiler derives.
+
+    What a function of one's own saves, compiled code keeps where activation checkpointing does not
+    see it (`tensors_saved_with_no_vc_check` in torch/_functorch/_aot_autograd/runtime_wrappers.py,
+    torch 2.11 and 2.13), so that nothing is given back. The scale stands on the smallest tensor.
+    """
+    dtype = _compute_dtype(x)
+    rows = x.to(dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    linear = torch.nn.functional.linear
+    if getattr(layer.weight, "quant_state", None) is None:
+        weight = _weight(layer, dtype)
+    else:
+        # Inside compiled code this is a mark: the weight is dequantised again, not kept.
+        weight = checkpoint(_weight, layer, dtype, use_reentrant=False)
+    output = linear(rows, weight, bias)
+    inner = linear(rows, (factor_a * scaling).to(dtype))
+    return output + linear(inner, factor_b.to(dtype))
+
+
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     """Return what autocast multiplies in; without it, the input's dtype."""
     if torch.is_autocast_enabled(x.device.type):
@@ -116,6 +140,8 @@ class _Fused:
             output: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return output
         factors = (peft.lora_A[name].weight, peft.lora_B[name].weight)
+        if torch.compiler.is_compiling():
+            return _traceable_product(x, *factors, peft.scaling[name], peft.base_layer)
         apply: Any = _AdaptedProduct.apply
         adapted: torch.Tensor = apply(x, *factors, peft.scaling[name], peft.base_layer)
         return adapted

@@ -14,6 +14,7 @@ from lora_advisor.probes.dataset import Example
 from lora_advisor.probes.errors import DataError
 from lora_advisor.probes.layout import IGNORED, Encoded, lay_out
 from lora_advisor.probes.pairs import Pair, Pairs
+from lora_advisor.probes.preference import pair_length
 from lora_advisor.probes.turns import Turn
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ class TokenisedPairs:
     Attributes:
         rows: Pairs of which prompt and either answer are at most `seq_len` tokens.
         truncated: Pairs of which an answer was cut.
-        dropped: Pairs left out, because their prompt left no room for an answer.
+        dropped: Pairs left out: their prompt left no room for an answer, or what was left of both
+            answers is the same, which teaches nothing.
         lengths: Tokens of the longer answer of every pair, its prompt included, before cutting.
     """
 
@@ -53,32 +55,51 @@ def tokenize_pairs(
     Raises:
         DataError: The chat template refuses a row, or no pair has room for an answer.
     """
+    return cut_pairs(pairs, encode_pairs(pairs, tokenizer), seq_len)
+
+
+def encode_pairs(pairs: Pairs, tokenizer: PreTrainedTokenizerBase) -> tuple[PairRow, ...]:
+    """Turn pairs of text into pairs of tokens, each as long as it is.
+
+    Raises:
+        DataError: The chat template refuses a row, or its answers are the same.
+    """
     # A prompt that is text stands as given where there is no chat template, as in stage "sft".
     shape = "prompt/completion" if "prompt" in pairs.columns else "messages"
+    return tuple(encode_pair(pair, shape, tokenizer) for pair in pairs.rows)
+
+
+def cut_pairs(pairs: Pairs, encoded: Sequence[PairRow], seq_len: int) -> TokenisedPairs:
+    """Do the second half of `tokenize_pairs`, with what `encode_pairs` returned.
+
+    Raises:
+        DataError: No pair has room for answers that differ.
+    """
     rows: list[PairRow] = []
-    lengths: list[int] = []
     truncated = 0
-    for pair in pairs.rows:
-        row = encode_pair(pair, shape, tokenizer)
+    for row in encoded:
         room = seq_len - len(row["prompt_ids"])
-        answers = [len(row[name]) for name in ("chosen_ids", "rejected_ids")]
-        lengths.append(len(row["prompt_ids"]) + max(answers))
-        if room < 1:
+        cut = {name: row[name][: max(0, room)] for name in ("chosen_ids", "rejected_ids")}
+        if cut["chosen_ids"] == cut["rejected_ids"]:
             continue
-        truncated += max(answers) > room
-        cut = {name: row[name][:room] for name in ("chosen_ids", "rejected_ids")}
+        truncated += pair_length(row) > seq_len
         rows.append({"prompt_ids": row["prompt_ids"], **cut})
     if not rows:
         raise DataError(
-            f"`{pairs.path}` must have prompts below {seq_len} tokens, to leave room for answers, "
-            f"but none of its {len(pairs.rows)} rows has one; give a longer --seq."
+            f"`{pairs.path}` must have prompts below {seq_len} tokens, to leave room for answers "
+            f"that differ, but none of its {len(pairs.rows)} rows has one; give a longer --seq."
         )
     return TokenisedPairs(
         rows=tuple(rows),
         truncated=truncated,
-        dropped=len(pairs.rows) - len(rows),
-        lengths=tuple(lengths),
+        dropped=len(encoded) - len(rows),
+        lengths=tuple(pair_length(row) for row in encoded),
     )
+
+
+def pair_tokens(row: PairRow) -> int:
+    """Return the tokens of a pair's two sequences, its prompt counted twice as it is computed."""
+    return 2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
 
 
 def encode_pair(pair: Pair, shape: str, tokenizer: PreTrainedTokenizerBase) -> PairRow:

@@ -63,6 +63,11 @@ class Pairs:
     sha256: str
     rows: tuple[Pair, ...]
 
+    @property
+    def shape(self) -> str:
+        """What a training calls the shape of its rows."""
+        return "preference"
+
 
 def read_pairs(path: Path) -> Pairs:
     """Read pairs from what `read_source` reads.

@@ -16,7 +16,10 @@ from lora_advisor.probes.errors import DataError, MissingInputError, OutputError
 from lora_advisor.probes.machine import Machine, Stack
 from lora_advisor.probes.prediction import Interval, MemoryPrediction, Prediction
 from lora_advisor.probes.record import ProbeResult
+from lora_advisor.probes.saving import Rental, Saving
+from lora_advisor.probes.scaling import Scaling
 from lora_advisor.probes.spec import Spec
+from lora_advisor.probes.trail import Considered, Probed
 
 #: Raised when the meaning of a field changes.
 FORMAT = 1
@@ -67,12 +70,17 @@ class DataSummary:
 
     Attributes:
         path: The file.
-        rows: Rows that will be trained on.
-        tokens: Their tokens, padding not counted, for one pass.
+        rows: Rows, or pairs, that will be trained on.
+        tokens: Their tokens, padding not counted, for one pass; of a pair those of both sequences.
         truncated: Rows cut to the sequence length.
         dropped: Rows left out: nothing of their answer was left.
+        long_dropped: Rows left out because they are longer than a sequence.
+        split: Rows that became several.
+        pieces: Rows that these became; they count among `rows` one by one.
+        pieces_dropped: Pieces left out: nothing of an answer is in them.
         length_counts: How many rows have each length after cutting, shortest first; empty in a plan
-            of an older program.
+            of an older program. The length of a pair is that of its longer sequence.
+        sequences: Sequences that a row makes: 2 for a pair.
     """
 
     path: str
@@ -80,12 +88,20 @@ class DataSummary:
     tokens: int
     truncated: int
     dropped: int
+    long_dropped: int = 0
+    split: int = 0
+    pieces: int = 0
+    pieces_dropped: int = 0
     length_counts: tuple[tuple[int, int], ...] = ()
+    sequences: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; the counts are an object from length to rows."""
         counts = {str(length): rows for length, rows in self.length_counts}
-        return {**vars(self), "length_counts": counts}
+        data = {**vars(self), "length_counts": counts}
+        if self.sequences == 1:  # as older programs take it to be
+            del data["sequences"]
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -120,6 +136,14 @@ class Plan:
         front: Configurations of which none is better in speed, energy and sequence length.
         batchings: What one pass over the data costs under each way to make micro-batches that the
             trainer knows, the chosen one among them; empty where that was not asked.
+        trail: What ran, in order, with what was expected; empty in a plan of an older program.
+        considered: What the search looked at, in short; likewise.
+        proposed_batch: A smaller effective batch that the data suggests where the user named none;
+            told, never taken.
+        savings: What would make a long training shorter on this card; empty for others.
+        rentals: What it would take and cost on cards for rent; likewise, or where prices came.
+        scaling: What several cards come to together, of which `chosen` is one's share; None for
+            one card.
     """
 
     spec: Spec
@@ -141,12 +165,25 @@ class Plan:
     data: DataSummary | None = None
     front: tuple[Candidate, ...] = ()
     batchings: tuple[Batching, ...] = ()
+    trail: tuple[Probed, ...] = ()
+    considered: tuple[Considered, ...] = ()
+    proposed_batch: int | None = None
+    savings: tuple[Saving, ...] = ()
+    rentals: tuple[Rental, ...] = ()
+    scaling: Scaling | None = None
 
     @property
     def batching(self) -> Batching | None:
         """What a pass costs as the chosen configuration makes its micro-batches."""
         name = batching_of(self.chosen.config)
         return next((batching for batching in self.batchings if batching.name == name), None)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second, padding included: of all cards predicted, of one as it is known."""
+        if self.scaling is None:
+            return self.chosen.tokens_per_s
+        return None if self.scaling.tokens_per_s is None else self.scaling.tokens_per_s.value
 
     @property
     def epoch_s(self) -> float | None:
@@ -156,10 +193,10 @@ class Plan:
         """
         if self.batching is not None and self.batching.seconds is not None:
             return self.batching.seconds.value
-        speed = self.chosen.tokens_per_s
+        speed = self.tokens_per_s
         if self.data is None or speed is None:
             return None
-        return self.data.rows * self.chosen.config.seq_len / speed
+        return self.data.rows * self.data.sequences * self.chosen.config.seq_len / speed
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -182,7 +219,12 @@ class Plan:
             front=tuple(_candidate(item) for item in data.get("front", ())),
             excluded=tuple((what, why) for what, why in data["excluded"]),
             data=None if data.get("data") is None else DataSummary.from_json(data["data"]),
+            scaling=None if data.get("scaling") is None else Scaling.from_json(data["scaling"]),
             batchings=tuple(Batching.from_json(item) for item in data.get("batchings") or ()),
+            trail=tuple(Probed.from_json(item) for item in data.get("trail") or ()),
+            considered=tuple(Considered.from_json(item) for item in data.get("considered") or ()),
+            savings=tuple(Saving.from_json(item) for item in data.get("savings") or ()),
+            rentals=tuple(Rental.from_json(item) for item in data.get("rentals") or ()),
         )
         return cls(**values)  # type: ignore[arg-type]
 

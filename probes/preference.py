@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +31,33 @@ def as_trained(config: RunConfig, rows: Sequence[Row]) -> Sequence[Row]:
         }
         for row in rows
     ]
+
+
+def pair_length(row: Mapping[str, Sequence[int]]) -> int:
+    """Return the tokens of a pair's longer sequence, prompt included.
+
+    TRL pads both sequences of every pair to the longest of the micro-batch
+    (trl/trainer/dpo_trainer.py, DataCollatorForPreference): by this length a pair costs.
+    """
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def row_length(row: Mapping[str, Sequence[int]]) -> int:
+    """Return what a row or a pair makes its micro-batch long, in tokens."""
+    return pair_length(row) if "prompt_ids" in row else len(row["input_ids"])
+
+
+def holds_pairs(dataset: Any) -> bool:
+    """Return whether a `datasets.Dataset` of tokenised rows is one of pairs."""
+    return COLUMNS[0] in dataset.column_names
+
+
+def row_lengths(dataset: Any) -> list[int]:
+    """Return `row_length` of each row of a `datasets.Dataset`."""
+    if not holds_pairs(dataset):
+        return [len(ids) for ids in dataset["input_ids"]]
+    columns = (dataset[name] for name in COLUMNS)
+    return [pair_length(dict(zip(COLUMNS, row, strict=True))) for row in zip(*columns, strict=True)]
 
 
 def preference_trainer() -> type[DPOTrainer]:

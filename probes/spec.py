@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.cutting import check_long_rows
 from lora_advisor.probes.errors import UsageError
 
 OBJECTIVES = ("tokens_per_s", "joules_per_token", "seq_len")
@@ -45,6 +47,9 @@ class Spec:
         seed: Of the search.
         free_trials: Trials of the search that are the sampler's own choice.
         longer: Whether longer sequences are looked at too, for the front.
+        long_rows: What becomes of rows that are longer than a sequence: one of `cutting.LONG_ROWS`.
+        gpus: Cards of one kind in one host that share every optimizer step.
+        batch_named: Whether the user named the effective batch.
     """
 
     model: str
@@ -67,6 +72,9 @@ class Spec:
     seed: int = 0
     free_trials: int = 5
     longer: bool = False
+    long_rows: str = "truncate"
+    batch_named: bool = True
+    gpus: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what no plan can meet."""
@@ -86,8 +94,19 @@ class Spec:
             raise UsageError(
                 f"`--batch` must be at least 1 sequence, but got {self.effective_batch}."
             )
+        if self.gpus < 1:
+            raise UsageError(f"`--gpus` must be at least 1, but got {self.gpus}.")
+        if self.effective_batch % self.gpus:
+            below = self.effective_batch // self.gpus * self.gpus
+            near = f"{below} or {below + self.gpus}" if below else f"{self.gpus}"
+            raise UsageError(
+                f"`--batch` must be divisible by --gpus {self.gpus}, but got "
+                f"{self.effective_batch}; give {near}."
+            )
         if not self.epochs > 0:
             raise UsageError(f"`--epochs` must be above 0, but got {self.epochs:g}.")
+        if self.epochs == math.inf:
+            raise UsageError("`--epochs` must be a finite number, but got inf.")
         if not self.probe_budget_s > 0:
             raise UsageError(
                 f"`--budget` must be above 0 seconds, but got {self.probe_budget_s:g}."
@@ -96,6 +115,7 @@ class Spec:
             raise UsageError(
                 f"`--objective` must be one of {', '.join(OBJECTIVES)}, but got {self.objective!r}."
             )
+        check_long_rows(self.long_rows, self.fixed.get("stage", "sft"))
         unknown = sorted(set(self.fixed) - set(KNOBS))
         if unknown:
             raise UsageError(f"`{unknown[0]}` cannot be fixed; the knobs are {', '.join(KNOBS)}.")

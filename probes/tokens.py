@@ -154,7 +154,11 @@ def cut(
 
 
 def split_holdout(
-    rows: Sequence[TokenRow], share: float = 0.1, *, seed: int = 0
+    rows: Sequence[TokenRow],
+    share: float = 0.1,
+    *,
+    seed: int = 0,
+    sources: Sequence[int] | None = None,
 ) -> tuple[list[TokenRow], list[TokenRow]]:
     """Return (rows to train on, rows held out): the same for the same rows, share and seed.
 
@@ -162,19 +166,24 @@ def split_holdout(
         rows: Tokenised rows.
         share: Share to hold out, in [0, 1): at least one row where it is above 0.
         seed: Decides which.
+        sources: As `TokenisedData.sources`: pieces of one row are held out together or not at all,
+            and the share is one of these rows; None where every row stands for itself.
 
     Raises:
         DataError: There is no row left to train on.
     """
-    count = max(1, round(share * len(rows))) if share > 0 else 0
-    if count >= len(rows):
+    sources = range(len(rows)) if sources is None else sources
+    whole = list(dict.fromkeys(sources))
+    count = max(1, round(share * len(whole))) if share > 0 else 0
+    if count >= len(whole):
         raise DataError(
             f"the data must have more than {count} usable rows, to hold {count} out and train on "
-            f"the rest, but has {len(rows)}; bring more rows or hold none out."
+            f"the rest, but has {len(whole)}; bring more rows or hold none out."
         )
-    held = set(random.Random(seed).sample(range(len(rows)), count))
-    train = [row for index, row in enumerate(rows) if index not in held]
-    return train, [rows[index] for index in sorted(held)]
+    held = {whole[index] for index in random.Random(seed).sample(range(len(whole)), count)}
+    placed = list(zip(rows, sources, strict=True))
+    train = [row for row, source in placed if source not in held]
+    return train, [row for row, source in placed if source in held]
 
 
 def length_quantiles(
@@ -195,7 +204,7 @@ def check_vocabulary(rows: Sequence[TokenRow], architecture: Architecture) -> No
     """
     figures: Any = architecture.hf_config
     size = figures.get("vocab_size") or figures.get("text_config", {}).get("vocab_size")
-    largest = max(max(row["input_ids"]) for row in rows)
+    largest = max(max(ids, default=0) for row in rows for ids in row.values())
     if size is not None and largest >= size:
         raise DataError(
             f"the tokenizer of `{architecture.name}` must stay below the model's {size} tokens, "

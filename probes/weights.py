@@ -16,6 +16,11 @@ from lora_advisor.probes.architectures import (
     build_hf_config,
     causal_model_of,
 )
+from lora_advisor.probes.arguments import (
+    dtype_name,
+    loading_arguments,
+    quantization_arguments,
+)
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import MissingInputError, UnavailableError, UsageError
 
@@ -28,30 +33,19 @@ Quantise = Callable[[Any, "torch.Tensor"], None]
 
 
 def weights_dtype(config: RunConfig) -> torch.dtype:
-    """Return the dtype the base weights (those not in 4 bits) are held in.
-
-    Full fine-tuning in fp16 keeps fp32 weights where a GradScaler is used: it cannot unscale fp16
-    gradients (torch/amp/grad_scaler.py, `_unscale_grads_`).
-    """
+    """Return the dtype the base weights (those not in 4 bits) are held in."""
     import torch
 
-    if config.precision == "bf16":
-        return torch.bfloat16
-    if config.precision == "fp16" and not (config.method == "full" and config.trainer != "loop"):
-        return torch.float16
-    return torch.float32
+    dtype: torch.dtype = getattr(torch, dtype_name(config))
+    return dtype
 
 
 def quantization_config(config: RunConfig) -> Any:
     """Return the BitsAndBytesConfig of a "qlora" configuration, nothing left to defaults."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call] # transformers leaves it untyped
-        load_in_4bit=True,
-        bnb_4bit_quant_type=config.quant_type,
-        bnb_4bit_use_double_quant=config.double_quant,
-        bnb_4bit_compute_dtype=weights_dtype(config),
-    )
+    make: Any = BitsAndBytesConfig  # transformers leaves it untyped
+    return make(**quantization_arguments(config))
 
 
 def load_model(config: RunConfig, architecture: Architecture, device: str) -> PreTrainedModel:
@@ -69,10 +63,7 @@ def load_model(config: RunConfig, architecture: Architecture, device: str) -> Pr
     try:
         model = AutoModelForCausalLM.from_pretrained(
             architecture.weights,
-            dtype=weights_dtype(config),
-            attn_implementation=config.attention,
-            device_map={"": device},
-            use_safetensors=True,
+            **loading_arguments(config, device=device),
             trust_remote_code=architecture.trust_remote_code,
             **extra,
         )

@@ -102,14 +102,17 @@ def test_long_pairs_are_cut_and_counted_and_long_prompts_left_out(tmp_path: Path
     pairs = pairs_in(tmp_path, TALK)
     whole = tokenize_pairs(pairs, tokenizer, 1000)
     short, long = (len(row["prompt_ids"]) for row in whole.rows)
-    assert short + 5 < long
-    cut = tokenize_pairs(pairs, tokenizer, short + 5)
+    assert short + 7 < long
+    cut = tokenize_pairs(pairs, tokenizer, short + 7)
     assert (cut.truncated, cut.dropped, len(cut.rows)) == (1, 1, 1)
-    assert cut.rows[0]["chosen_ids"] == whole.rows[0]["chosen_ids"][:5]
+    assert cut.rows[0]["chosen_ids"] == whole.rows[0]["chosen_ids"][:7]
     assert cut.lengths == whole.lengths
     assert whole.lengths[0] == short + len(whole.rows[0]["rejected_ids"])
     with pytest.raises(DataError, match="must have prompts below 4 tokens, to leave room"):
         tokenize_pairs(pairs, tokenizer, 4)
+    # Both answers begin with "It is": cut there, nothing tells them apart.
+    with pytest.raises(DataError, match="leave room for answers that differ"):
+        tokenize_pairs(pairs, tokenizer, short + 5)
 
 
 def test_equal_answers_are_refused(tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from recorded import configure, tiny
-from tiny_model import save_model
+from tiny_model import save_model, save_pairs
 from traced_once import save_figures
 
+from lora_advisor.advisor.datafit import summarise_pairs
 from lora_advisor.advisor.space import baseline_config
+from lora_advisor.advisor.time_ahead import seconds_per_token
 from lora_advisor.cli import main
 from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes.architectures import resolve_architecture
@@ -30,9 +32,13 @@ from lora_advisor.probes.finetune import (
     padding_tokenizer,
 )
 from lora_advisor.probes.machine import GIB, cpu_machine, detect_stack
+from lora_advisor.probes.pair_tokens import pair_tokens, tokenize_pairs
+from lora_advisor.probes.pairs import read_pairs
+from lora_advisor.probes.plan import read_plan
 from lora_advisor.probes.preference import as_trained
 from lora_advisor.probes.runner import run_probe
 from lora_advisor.probes.spec import Spec
+from lora_advisor.probes.tokens import load_tokenizer
 from lora_advisor.probes.trace import trace_step
 from lora_advisor.probes.weights import load_model
 
@@ -245,9 +251,53 @@ def test_a_plan_for_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "1 pairs x 64" in capsys.readouterr().out
 
 
-def test_data_of_pairs_is_refused_with_what_to_give(capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["plan", "--stage", "dpo", "--data", "pairs.jsonl", "--gpu", "rtx-4060"])
+def test_a_plan_with_pairs_prices_a_pass_over_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "model")
+    save_pairs(tmp_path / "pairs.jsonl", count=30)
+    words = [
+        "--model", str(tmp_path / "model"), "--gpu", "rtx-4060", "--data",
+        str(tmp_path / "pairs.jsonl"), "--stage", "dpo", "--method", "lora", "--batch", "4",
+        "--micro-batch", "4", "--checkpointing", "full", "--optimizer", "adamw_torch_fused",
+    ]  # fmt: skip
+    assert main(["plan", *words, "--out", str(tmp_path / "plan.json")]) == 0
+    said = capsys.readouterr().out
+    assert "your data: 30 pairs, " in said and "one epoch" in said
+    assert "tokens of the longer sequence of a pair (quantiles): " in said
+    assert "baseline (TRL's DPOTrainer, " in said
 
-    said = capsys.readouterr().err
-    assert code == 64
-    assert "`--data` must be left out" in said and "--seq" in said
+    plan = read_plan(tmp_path / "plan.json")
+    rows = tokenize_pairs(
+        read_pairs(tmp_path / "pairs.jsonl"),
+        load_tokenizer(resolve_architecture(str(tmp_path / "model"))),
+        1000,
+    )
+    # The longest pair has 62 tokens, so the next 64 cover all.
+    assert (max(rows.lengths), plan.chosen.config.seq_len) == (62, 64)
+    data, (batching,) = plan.data, plan.batchings  # pairs are neither grouped nor packed
+    assert data is not None
+    assert (data.rows, data.sequences, data.truncated) == (30, 2, 0)
+    assert data.tokens == batching.useful_tokens == sum(pair_tokens(row) for row in rows.rows)
+    assert (batching.name, batching.micro_batches, batching.optimizer_steps) == ("random", 8, 8)
+    assert data.tokens < batching.computed_tokens <= 2 * 30 * 62
+    assert batching.seconds is not None and plan.epoch_s == batching.seconds.value
+    assert seconds_per_token(plan) == batching.seconds.value / batching.computed_tokens
+
+    cut, seq_len = summarise_pairs(tmp_path / "pairs.jsonl", plan.architecture, 60)
+    assert (seq_len, cut.length_counts[-1][0]) == (60, 60)
+    assert cut.truncated == sum(length > 60 for length in rows.lengths) > 0
+
+
+def test_pairs_in_a_plan_need_a_tokenizer_and_are_neither_grouped_nor_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "model")
+    save_pairs(tmp_path / "pairs.jsonl", count=3)
+    plan = ["plan", "--stage", "dpo", "--data", str(tmp_path / "pairs.jsonl"), "--gpu", "rtx-4060"]
+    assert main(plan) == 64
+    assert "needs the model's tokenizer" in capsys.readouterr().err
+    for option, why in (("--packing", "does not pack"), ("--group-by-length", "`input_ids`")):
+        assert main([*plan, "--model", str(tmp_path / "model"), option]) == 64
+        said = capsys.readouterr().err
+        assert why in said and "Traceback" not in said

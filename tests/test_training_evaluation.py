@@ -22,6 +22,7 @@ def test_rows_have_their_losses_where_liger_would_leave_the_logits_out(
     from transformers.models.llama import modeling_llama
 
     from lora_advisor.advisor.evaluation import evaluate
+    from lora_advisor.advisor.likelihood import RowLosses
     from lora_advisor.probes.architectures import resolve_architecture
     from lora_advisor.probes.dataset import random_rows
     from lora_advisor.probes.finetune import Schedule, build_trainer
@@ -56,6 +57,7 @@ def test_rows_have_their_losses_where_liger_would_leave_the_logits_out(
     found = evaluate(trainer)
 
     assert found == expected
+    assert isinstance(found.rows, RowLosses)
     assert found.rows.tokens == (8, 8, 31, 31, 16, 16)
     weighed = sum(n * nats for n, nats in zip(found.rows.tokens, found.rows.nats, strict=True))
     assert found.loss == pytest.approx(weighed / sum(found.rows.tokens), rel=1e-6)

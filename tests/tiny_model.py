@@ -62,6 +62,19 @@ def save_model(folder: Path) -> None:
     save_tokenizer(folder)
 
 
+def save_pairs(file: Path, count: int = 40) -> None:
+    """Save sums with a right answer and a wrong one, each now and then the longer."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {n} and {n * n}?"}],
+            "chosen": [{"role": "assistant", "content": f"It is {n + n * n}, a sum."}],
+            "rejected": [{"role": "assistant", "content": "No idea" + "!" * (n % 17)}],
+        }
+        for n in range(count)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def save_rows(file: Path, count: int = 40) -> None:
     """Save sums: rows with questions and answers of differing lengths."""
     rows = [

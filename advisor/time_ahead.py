@@ -1,0 +1,61 @@
+"""How long the steps of a training should take: a plan's time of a token, times the tokens to come.
+
+A plan prices the lengths of its own data; the tokens are those of the rows that are trained on,
+padding included, as the trainer's micro-batches hold them. So a hold-out, `max_steps` and data of
+other lengths count as they are. What the plan did not price is taken from its speed on full rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lora_advisor.advisor.job import Job
+from lora_advisor.advisor.lengths import epoch_of
+from lora_advisor.advisor.outcome import Predicted
+from lora_advisor.advisor.processes import here
+from lora_advisor.probes.arguments import padding_multiple
+from lora_advisor.probes.batching import batching_of
+from lora_advisor.probes.plan import Plan
+from lora_advisor.probes.preference import row_length
+
+
+def seconds_per_token(plan: Plan) -> float | None:
+    """Return a plan's time of a token, padding included; None where it knows none.
+
+    Rows of compiled layers are padded to the full length: theirs is the speed on full rows.
+    """
+    priced = plan.batching
+    padded = padding_multiple(plan.chosen.config) is not None
+    if not padded and priced is not None and priced.seconds is not None:
+        return priced.seconds.value / priced.computed_tokens
+    speed = plan.tokens_per_s
+    return None if not speed else 1 / speed
+
+
+def with_train_seconds(predicted: Predicted | None, job: Job, *, steps: int) -> Predicted | None:
+    """Return what was promised with the time of so many steps, where it follows from the rest."""
+    if predicted is None or predicted.train_seconds is not None:
+        return predicted
+    if predicted.seconds_per_token is None:
+        return predicted
+    seconds = predicted.seconds_per_token * tokens_per_step(job) * steps
+    return dataclasses.replace(predicted, train_seconds=seconds)
+
+
+def tokens_per_step(job: Job) -> float:
+    """Return the tokens of a planned optimizer step, padding included: the mean of a pass."""
+    config = job.config
+    rows = [row for at, row in enumerate(job.ready.train) if at not in job.known_rows]
+    lengths = [row_length(row) for row in rows]
+    multiple = padding_multiple(config) or 1
+    lengths = [-(-length // multiple) * multiple for length in lengths]
+    epoch = epoch_of(
+        lengths,
+        batching_of(config),
+        seq_len=config.seq_len,
+        micro_batch=config.micro_batch,
+        accumulation=config.accumulation * here().size,
+        seed=job.settings.seed,
+        sequences=config.sequences // config.micro_batch,
+    )
+    return epoch.computed_tokens / epoch.optimizer_steps
