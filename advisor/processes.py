@@ -222,6 +222,10 @@ def joined(launch: Launch, device: str) -> Iterator[Processes]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if device == "cuda":
         _spare_old_drivers()
+    if launch.rank:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call] # transformers' own
     try:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)

@@ -4,7 +4,8 @@
 
 The plan and its probes are those that an H100 held to 8 GiB left in tests/recordings/regret; what
 was expected of each probe is computed again. With `--run` the folder of a training becomes
-docs/report-training-example.html; the one there is of SmolLM2-135M-Instruct on GSM8K, on a CPU:
+docs/report-training-example.html. The one there is of SmolLM2-135M-Instruct on GSM8K, on one thread
+of a CPU that was busier while it trained than while it was planned for, which its speeds show:
 
     lora-advisor plan --device cpu --vram 6 --model ./SmolLM2-135M-Instruct \\
         --data gsm8k-240.jsonl --seq 160 --batch 4 --method lora --precision fp32 --out plan.json

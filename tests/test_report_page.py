@@ -92,7 +92,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         patch.setenv("OMP_NUM_THREADS", "1")
         spec = Spec(
             model=save_figures(folder / "tiny"), vram_bytes=4 * GIB, seq_len=512,
-            effective_batch=4, device="cpu", fixed={"precision": "bf16", "method": "lora"},
+            effective_batch=4, device="cpu", 
+            fixed={"precision": "bf16", "method": "lora", "optimizer": "adamw_torch_fused"},
         )  # fmt: skip
         return plan_with(Device(spec), folder)
 
