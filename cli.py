@@ -21,17 +21,10 @@ from typing import Any
 
 import click
 
-from lora_advisor.advisor.asking import (
-    DEFAULT_BATCH,
-    cache_dir,
-    machine_of,
-    spec_of,
-    trace_cache,
-    vram_bytes,
-)
 from lora_advisor.advisor.bench_command import bench
 from lora_advisor.advisor.data_command import data_group
 from lora_advisor.advisor.export_command import export, import_
+from lora_advisor.advisor.knobs import DEFAULT_BATCH
 from lora_advisor.advisor.merge_command import merge
 from lora_advisor.advisor.options import (
     accumulation_option,
@@ -40,16 +33,22 @@ from lora_advisor.advisor.options import (
     map_options,
     model_options,
 )
+from lora_advisor.advisor.records_command import records_group
 from lora_advisor.advisor.report_command import report
 from lora_advisor.advisor.train_command import train
 from lora_advisor.probes.errors import AdvisorError, UsageError
+
+#: The command's name, and the variable through which a shell asks what could come next.
+PROGRAM, COMPLETE = "lora-advisor", "_LORA_ADVISOR_COMPLETE"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code; never show a traceback to a user."""
     _quiet_libraries()
     try:
-        result = group.main(args=argv, prog_name="lora-advisor", standalone_mode=False)
+        result = group.main(
+            args=argv, prog_name=PROGRAM, complete_var=COMPLETE, standalone_mode=False
+        )
         return result if isinstance(result, int) else 0
     except click.exceptions.Exit as ended:
         return ended.exit_code
@@ -112,6 +111,7 @@ group.add_command(train)
 group.add_command(merge)
 group.add_command(report)
 group.add_command(data_group)
+group.add_command(records_group)
 group.add_command(export)
 group.add_command(import_)
 
@@ -184,7 +184,7 @@ group.add_command(import_)
     help="JSON of what cards cost to rent, instead of the bundled list; with it the time and cost "
     "on larger cards is told however short the training is.",
 )
-@click.option("--fresh", is_flag=True, help="Do not use earlier probe results.")
+@click.option("--fresh", is_flag=True, help="Do not use earlier probe results, nor imported runs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the search.")
 def plan(**options: Any) -> int:  # fmt: skip
     """Find out what to run: the fastest configuration that fits, proved here or predicted.
@@ -196,8 +196,16 @@ def plan(**options: Any) -> int:  # fmt: skip
       lora-advisor plan --seq 2048 --precision fp16 --optimizer paged_adamw_8bit --budget 90s
       lora-advisor plan --model ./my-model --data chat.jsonl --vram 8 --out plan.json
     """
-    from lora_advisor.advisor.asking import prices_asked, study_file
+    from lora_advisor.advisor.asking import (
+        cache_dir,
+        machine_of,
+        prices_asked,
+        spec_of,
+        study_file,
+        trace_cache,
+    )
     from lora_advisor.advisor.planning import make_plan
+    from lora_advisor.advisor.record_store import imported_runs
     from lora_advisor.advisor.report import plan_text
     from lora_advisor.probes.machine import detect_stack
     from lora_advisor.probes.plan import plain_json, write_plan
@@ -220,6 +228,7 @@ def plan(**options: Any) -> int:  # fmt: skip
         study_file=study,
         own_record=options["record"] is not None,
         prices=prices,
+        imported=[] if options["fresh"] else imported_runs(cache_dir()),
     )
     if options["out"] is not None:
         write_plan(options["out"], made)
@@ -302,7 +311,12 @@ def predict(cases: Path, **options: Any) -> int:  # fmt: skip
     """Predict a file of configurations: one RunConfig a line in, one answer a line out.
 
     A line may carry `hf_config`, the content of a config.json, beside the RunConfig's fields.
+
+    \b
+    Example:
+      lora-advisor predict cases.jsonl --gpu rtx-4060
     """
+    from lora_advisor.advisor.asking import machine_of, trace_cache, vram_bytes
     from lora_advisor.advisor.cases import predict_cases
     from lora_advisor.probes.machine import detect_stack
 
@@ -328,7 +342,13 @@ def predict(cases: Path, **options: Any) -> int:  # fmt: skip
 @click.option("--cards", "show_cards", is_flag=True, help="List the cards of --gpu instead.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 def doctor(show_cards: bool, as_json: bool) -> int:
-    """Say what of this machine would spoil a plan or a training, and how to mend it."""
+    """Say what of this machine would spoil a plan or a training, and how to mend it.
+
+    \b
+    Examples:
+      lora-advisor doctor
+      lora-advisor doctor --cards
+    """
     if show_cards:
         from lora_advisor.advisor.report import cards_text
         from lora_advisor.probes.cards import cards
@@ -343,6 +363,26 @@ def doctor(show_cards: bool, as_json: bool) -> int:
 
     findings = examine()
     click.echo(json.dumps(to_json(findings)) if as_json else doctor_text(findings))
+    return 0
+
+
+@group.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> int:
+    """Print what makes a shell complete commands and options with the tab key.
+
+    \b
+    Examples:
+      lora-advisor completion bash > ~/.lora-advisor.bash    # then: source it in ~/.bashrc
+      lora-advisor completion fish > ~/.config/fish/completions/lora-advisor.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    made = kind(group, {}, PROGRAM, COMPLETE)
+    # Its `source()` asks which bash there is; what is printed is the same for all.
+    click.echo(made.source_template % made.source_vars())
     return 0
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from typing import Any
 
 from lora_advisor.advisor.asking import (
@@ -50,6 +48,7 @@ def answer_fit(options: dict[str, Any]) -> Answer:
 
 def answer_map(options: dict[str, Any]) -> Answer:
     """Answer which sizes of a grid fit; the exit code is that of the asked size."""
+    from lora_advisor.advisor.colours import has_colours
     from lora_advisor.advisor.fit import EXIT_CODES
     from lora_advisor.advisor.fitmap import (
         MICRO_BATCHES,
@@ -77,8 +76,7 @@ def answer_map(options: dict[str, Any]) -> Answer:
     if options["as_json"]:
         machine = plain_json(predictor.machine)
         return code, json.dumps({"exit_code": code, "machine": machine, **plain_json(found)})
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    text = map_text(found, predictor.machine, colour=colour)
+    text = map_text(found, predictor.machine, colour=has_colours())
     return code, text if path is None else f"{text}\npicture in {path}"
 
 

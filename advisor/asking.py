@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lora_advisor.advisor.knobs import DEFAULT_BATCH, KNOBS
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
 from lora_advisor.probes.cards import Card, card_of, find_card
 from lora_advisor.probes.config import LoraShape, RunConfig
@@ -33,24 +34,6 @@ from lora_advisor.probes.machine import (
 from lora_advisor.probes.plan import DataSummary, Plan
 from lora_advisor.probes.prices import Price, read_prices
 from lora_advisor.probes.spec import Spec
-
-#: Sequences in one optimizer step where the user names no number: an even division into most
-#: micro-batches.
-DEFAULT_BATCH = 24
-#: Knobs of RunConfig that an option of the same name fixes, with the words it takes.
-KNOBS = {
-    "stage": "sft, or dpo on preference pairs",
-    "trainer": "trl, transformers or loop",
-    "method": "lora, qlora or full",
-    "precision": "bf16, fp16 or fp32",
-    "optimizer": "a name of transformers' OptimizerNames",
-    "checkpointing": "off, full, every_N or offload",
-    "attention": "sdpa, eager or flash_attention_2",
-    "kernels": "none or liger",
-    "adapter": "peft, or fused: one function for a product and its adapter",
-    "compile": "off, layers or model",
-    "allocator": "default or expandable_segments",
-}
 
 
 def cache_dir() -> Path:

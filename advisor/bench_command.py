@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_advisor.advisor.asking import (
-    KNOBS,
-    architecture_of,
-    check_device,
-    config_of,
-    gib_bytes,
-    seconds_of,
-    vram_bytes,
-)
+from lora_advisor.advisor.knobs import KNOBS
 from lora_advisor.advisor.options import accumulation_option, model_options
 from lora_advisor.probes.errors import BusyError, UnavailableError, UsageError
 
@@ -79,6 +71,7 @@ def bench(**options: Any) -> int:
       lora-advisor bench --optimizers adamw_torch,paged_adamw_32bit,paged_adamw_8bit --budget 2h
       lora-advisor bench --device cpu --model smollm2-135m --sizes 1x64,2x64 --repeats 2
     """
+    from lora_advisor.advisor.asking import seconds_of
     from lora_advisor.advisor.bench import go_on
     from lora_advisor.advisor.bench_files import RECORD
     from lora_advisor.probes.record import check_writable
@@ -100,6 +93,7 @@ def bench(**options: Any) -> int:
 
 def _open(options: dict[str, Any]) -> Bench:
     """Return the bench that is asked for, nothing run yet; what is wrong is said before a run."""
+    from lora_advisor.advisor.asking import architecture_of, gib_bytes, vram_bytes
     from lora_advisor.advisor.bench import Bench, cap_of
     from lora_advisor.probes.machine import detect_machine, detect_stack
 
@@ -125,6 +119,8 @@ def _open(options: dict[str, Any]) -> Bench:
 
 def _device(options: dict[str, Any]) -> str:
     """Return the device to measure on: there must be one."""
+    from lora_advisor.advisor.asking import check_device
+
     if options["gpu"] is not None:
         raise UsageError(
             "`--gpu` names a card to predict for, but `bench` measures: leave it out on a machine "
@@ -163,6 +159,7 @@ def _design(
     device: str,
 ) -> Design:
     """Return the factorial around the knobs that are held."""
+    from lora_advisor.advisor.asking import config_of
     from lora_advisor.advisor.bench_design import make_design
     from lora_advisor.probes.architectures import attention_of
 

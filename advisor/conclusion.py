@@ -92,6 +92,8 @@ def conclude(
         batchings=() if data is None else _batchings(session, chosen, data),
         trail=tuple(session.trail),
         considered=_considered([chosen, *runners, *lost, *infeasible]),
+        imported=session.imported,
+        imported_from=session.predictor.elsewhere,
     )
 
 

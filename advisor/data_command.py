@@ -8,13 +8,17 @@ from typing import Any
 
 import click
 
-from lora_advisor.advisor.asking import architecture_of
 from lora_advisor.advisor.options import long_rows_option
 
 
 @click.group("data")
 def data_group() -> None:
-    """Look at training data before training: lengths, repeats, and what the model will see."""
+    """Look at training data before training: lengths, repeats, and what the model will see.
+
+    \b
+    Example:
+      lora-advisor data inspect chat.jsonl --model ./my-model
+    """
 
 
 @data_group.command("inspect")
@@ -50,6 +54,8 @@ def inspect_command(path: Path, **options: Any) -> int:
       lora-advisor data inspect books.txt --model ./my-model --seq 1024 --long-rows split
       lora-advisor data inspect hub:openai/gsm8k:main --model Qwen/Qwen2.5-1.5B
     """
+    from lora_advisor.advisor.asking import architecture_of
+    from lora_advisor.advisor.colours import has_colours
     from lora_advisor.advisor.data_inspect import inspect
     from lora_advisor.advisor.data_text import inspect_text
 
@@ -64,15 +70,7 @@ def inspect_command(path: Path, **options: Any) -> int:
     if options["as_json"]:
         click.echo(json.dumps(report.to_json()))
         return 0
-    colours = _colours()
+    colours = has_colours()
     # click looks at the stream alone; who asked for no colours gets brackets instead.
     click.echo(inspect_text(report, colours=colours), color=colours)
     return 0
-
-
-def _colours() -> bool:
-    """Return whether the terminal shows colours: NO_COLOR, FORCE_COLOR and TERM are heeded."""
-    from rich.console import Console
-
-    console = Console()
-    return console.color_system is not None and not console.no_color

@@ -20,6 +20,9 @@ __all__ = ["Facts", "Finding", "examine", "gather", "to_json"]
 #: less disk or RAM than this holds no download and no load.
 WEIGHTS_BYTES = 2 * 1_543_714_304
 
+#: Room for 4000 traces of up to 60 kB (`advisor/trace_cache.py`), and records.
+OWN_CACHE_BYTES = GIB // 2
+
 #: Oldest driver branch that runs a CUDA of this major version (CUDA Toolkit release notes, "Minimum
 #: Required Driver Version for CUDA Minor Version Compatibility").
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
@@ -51,12 +54,14 @@ def examine(facts: Facts | None = None) -> tuple[Finding, ...]:
         stack.judge_bitsandbytes(facts),
         *stack.judge_packages(facts),
         stack.judge_attention(facts),
+        stack.judge_segments(facts),
         stack.judge_flash_attn(facts),
         stack.judge_liger(facts),
         _processes(facts),
         _environment(facts),
-        _disk("disk", facts.here, "plans, records and adapters are written here"),
-        _disk("model cache", facts.cache, "downloaded models are kept here"),
+        _disk("disk", facts.here, "plans, checkpoints and adapters are written here"),
+        _disk("model cache", facts.cache, "downloaded models are kept here", "HF_HOME"),
+        _own_cache(facts.own_cache),
         _memory(facts),
     )
 
@@ -74,8 +79,9 @@ def _system(facts: Facts) -> Finding:
     if not facts.is_wsl:
         return say("system", "ok", facts.system)
     advice = (
-        "Under WSL the driver does not list what Windows' own programs hold of the card: close "
-        "them before a plan, or leave room with --reserve."
+        "Under WSL a full card spills to system memory, and a step takes many times longer instead "
+        "of failing; nor are Windows' own programs listed: close them, and leave room with "
+        "--reserve."
     )
     return say("system", "warning", f"{facts.system} (WSL)", advice)
 
@@ -152,14 +158,32 @@ def _environment(facts: Facts) -> Finding:
     return say("environment", "warning", value, f"{'; '.join(effects)}.")
 
 
-def _disk(name: str, place: Place, purpose: str) -> Finding:
+def _disk(name: str, place: Place, purpose: str, variable: str | None = None) -> Finding:
+    elsewhere = "work in another folder" if variable is None else f"name another with {variable}"
     if not place.is_writable:
-        return say(name, "error", place.path, f"It cannot be written to: {purpose}.")
+        advice = f"It cannot be written to, and {purpose}: {elsewhere}."
+        return say(name, "error", place.path, advice)
     value = f"{place.path}, {gib(place.free_bytes)} free"
     if place.free_bytes >= WEIGHTS_BYTES:
         return say(name, "ok", value)
-    advice = f"Less than the weights of Qwen2.5-1.5B take, {gib(WEIGHTS_BYTES)}: {purpose}."
+    advice = (
+        f"Less than the weights of Qwen2.5-1.5B take, {gib(WEIGHTS_BYTES)}, and {purpose}: make "
+        f"room, or {elsewhere}."
+    )
     return say(name, "warning", value, advice)
+
+
+def _own_cache(place: Place) -> Finding:
+    purpose = "probes and traces are kept here"
+    elsewhere = "name another with LORA_ADVISOR_CACHE"
+    if not place.is_writable:
+        advice = f"It cannot be written to, and {purpose}: {elsewhere}."
+        return say("own cache", "error", place.path, advice)
+    value = f"{place.path}, {gib(place.free_bytes)} free"
+    if place.free_bytes >= OWN_CACHE_BYTES:
+        return say("own cache", "ok", value)
+    return say("own cache", "warning", value, f"Little room, and {purpose}: make room, or "
+               f"{elsewhere}.")  # fmt: skip
 
 
 def _memory(facts: Facts) -> Finding:

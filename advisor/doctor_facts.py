@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from lora_advisor.advisor.asking import cache_dir
 from lora_advisor.advisor.doctor_imports import Imports, try_imports
 from lora_advisor.probes import nvml
 
@@ -70,6 +71,7 @@ class Facts:
         environment: Those of VARIABLES that are set.
         here: The working folder, where plans, records and adapters are written.
         cache: The folder of downloaded models.
+        own_cache: The folder of what is measured and traced.
         ram_bytes: All memory of the host.
         ram_free_bytes: Memory of the host that can be had now.
     """
@@ -85,6 +87,7 @@ class Facts:
     environment: Mapping[str, str]
     here: Place
     cache: Place
+    own_cache: Place
     ram_bytes: int
     ram_free_bytes: int
 
@@ -108,6 +111,7 @@ def gather() -> Facts:
         environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
         here=look_at(Path.cwd()),
         cache=look_at(cache_folder(os.environ)),
+        own_cache=look_at(cache_dir()),
         ram_bytes=int(memory.total),
         ram_free_bytes=int(memory.available),
     )

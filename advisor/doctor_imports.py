@@ -36,8 +36,8 @@ class Imports:
     """What importing the heavy packages brought to light.
 
     Attributes:
-        sections: Figures of "torch", "attention", "flash_attn" and "bitsandbytes", as far as it
-            came, or {"error": first line}.
+        sections: Figures of "torch", "attention", "segments", "flash_attn" and "bitsandbytes", as
+            far as it came, or {"error": first line}.
         failure: How the child ended when it did not end well: "was stopped after 120 s".
     """
 
@@ -79,6 +79,7 @@ def report_imports() -> None:
     looks: dict[str, Callable[[], dict[str, Any]]] = {
         "torch": _look_at_torch,
         "attention": _try_attention,
+        "segments": _try_expandable_segments,
         "flash_attn": _look_at_flash_attn,
         "bitsandbytes": _look_at_bitsandbytes,
     }
@@ -113,7 +114,7 @@ def _look_at_torch() -> dict[str, Any]:
 
 
 def _try_attention() -> dict[str, Any]:
-    """Run each fused backend of scaled_dot_product_attention forwards and backwards."""
+    """Run each fused backend of scaled_dot_product_attention, and ask which one torch takes."""
     import torch
 
     if not torch.cuda.is_available():
@@ -142,7 +143,48 @@ def _try_attention() -> dict[str, Any]:
             works[name] = None  # a full card says nothing about the backend
         except RuntimeError:
             works[name] = False
+    works["taken"] = _backend_taken(dtype)
     return works
+
+
+def _backend_taken(dtype: Any) -> str | None:
+    """Return the backend that torch chooses for causal rows of a model, as a training has them."""
+    import torch
+    from torch.nn.attention import SDPBackend
+
+    try:
+        query = torch.randn(1, 8, 1024, 128, device="cuda", dtype=dtype, requires_grad=True)
+        chosen = torch._fused_sdp_choice(query, query, query, None, 0.0, True)
+    except RuntimeError:  # a full card among them
+        return None
+    names = {
+        SDPBackend.FLASH_ATTENTION: "flash",
+        SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
+        SDPBackend.CUDNN_ATTENTION: "cudnn",
+        SDPBackend.MATH: "math",
+    }
+    return names.get(SDPBackend(chosen))
+
+
+def _try_expandable_segments() -> dict[str, Any]:
+    """Ask the allocator for expandable segments, and see whether it makes any."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    torch.cuda.empty_cache()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "not supported on this platform": seen below
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    try:
+        held = torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
+        memory: Any = torch.cuda.memory  # untyped
+        segments = memory.memory_snapshot()
+        del held
+    except torch.OutOfMemoryError:
+        return {"works": None}
+    known = [segment["is_expandable"] for segment in segments if "is_expandable" in segment]
+    return {"works": any(known) if known else None}
 
 
 def _look_at_flash_attn() -> dict[str, Any]:

@@ -81,8 +81,9 @@ def judge_bitsandbytes(facts: Facts) -> Finding:
         return say("bitsandbytes", "ok", f"{version}, CUDA library")
     if facts.gpu is not None:
         advice = (
-            f"{need} Mend torch's line first: bitsandbytes takes the library of the CUDA that "
-            "torch reports."
+            f"{need} Mend torch's line first if it is wrong, for bitsandbytes takes the library of "
+            "the CUDA that torch reports; else take a bitsandbytes that has it: pip install -U "
+            "bitsandbytes."
         )
         return say("bitsandbytes", "error", f"{version}, CPU library only", advice)
     advice = (
@@ -147,14 +148,57 @@ def judge_attention(facts: Facts) -> Finding:
         return say("attention", "error", str(works["error"]))
     if not works:
         return say("attention", "unknown", "not tried without a GPU")
-    running = [name for name, runs in works.items() if runs]
+    taken = works.get("taken")
+    tried = {name: runs for name, runs in works.items() if name != "taken"}
+    running = [name for name, runs in tried.items() if runs]
     if running:
-        return say("attention", "ok", f"sdpa with {', '.join(running)}")
-    if None in works.values():
+        return _downgraded(facts, str(taken), running) or say(
+            "attention",
+            "ok",
+            f"sdpa with {', '.join(running)}" + (f", takes {taken}" * bool(taken)),
+        )
+    if None in tried.values():
         advice = "The card has no memory left to try it: end what fills it."
         return say("attention", "unknown", "not tried", advice)
     advice = "Memory grows with the square of the sequence's length: plan short sequences."
     return say("attention", "warning", "sdpa without a fused backend", advice)
+
+
+def _downgraded(facts: Facts, taken: str, running: list[str]) -> Finding | None:
+    """Say that torch takes a slower kernel than the card has; None where it does not."""
+    gpu = facts.gpu
+    has_flash = gpu is not None and gpu.capability is not None and int(gpu.capability[:-2]) >= 8
+    if taken == "math":
+        advice = (
+            "torch computes attention without a fused kernel although one runs: install the torch "
+            "build that https://pytorch.org/get-started/locally/ names for this driver, or plan "
+            "short sequences."
+        )
+        return say("attention", "warning", f"sdpa takes math of {', '.join(running)}", advice)
+    if has_flash and "flash" not in running and taken == "memory-efficient":
+        advice = (
+            "This card has a flash kernel, but this torch does not run it, so attention is slower: "
+            "install the torch build that https://pytorch.org/get-started/locally/ names."
+        )
+        return say("attention", "warning", "sdpa takes memory-efficient, no flash", advice)
+    return None
+
+
+def judge_segments(facts: Facts) -> Finding:
+    """Whether the allocator's expandable segments, which plans may ask for, work here."""
+    found = facts.imports.sections.get("segments")
+    if found is None:
+        return say("expandable segments", "unknown", "not tried", _child_end(facts))
+    if not found and facts.gpu is None:
+        return say("expandable segments", "unknown", "not tried without a GPU")
+    if found.get("works") is True:
+        return say("expandable segments", "ok", "work")
+    if found.get("works") is None and "error" not in found:
+        advice = "A full card, or a torch that lists none: a plan's own probes will show it."
+        return say("expandable segments", "unknown", "not tried", advice)
+    value = str(found.get("error", "this driver or platform makes none"))
+    advice = "Give `--allocator default` to plan and fit: with them memory would be told too low."
+    return say("expandable segments", "warning", value, advice)
 
 
 def judge_flash_attn(facts: Facts) -> Finding:

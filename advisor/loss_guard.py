@@ -32,8 +32,7 @@ class LossGuard(TrainerCallback):
     """Ends a training whose loss leaps or is no number, before a checkpoint is written of it.
 
     The losses stay on the device until a report or a checkpoint is due, so that no step waits for
-    them. Trainer's own mean will not do: it replaces a loss that is no number
-    (`logging_nan_inf_filter`).
+    them. Trainer's own mean over the steps between two reports would hide a single one.
     """
 
     def __init__(self, trainer: Trainer, *, stage: str = "sft") -> None:

@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from lora_advisor.advisor.asking import KNOBS
-from lora_advisor.probes.cutting import LONG_ROWS
+from lora_advisor.advisor.knobs import KNOBS, LONG_ROWS
 
 F = TypeVar("F", bound=Callable[..., Any])
 

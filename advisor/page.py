@@ -67,6 +67,7 @@ def page(source: Source, drawn: FitMap | None, *, no_map: str | None = None) -> 
 
 _LADDER = (
     ("traced", "a real training step on fake tensors: a prediction"),
+    ("probed elsewhere", "predicted from imported runs of such a card in another machine"),
     ("probed", "predicted from short runs of neighbouring configurations there"),
     ("proved", "this configuration ran under the limit"),
     ("measured", "came out of a run"),

@@ -23,7 +23,7 @@ class Fact:
         name: What it is.
         value: The figure.
         note: Its interval, or how it is known.
-        known: "traced", "probed", "proved", "measured" or "unknown".
+        known: "traced", "probed elsewhere", "probed", "proved", "measured" or "unknown".
     """
 
     name: str
@@ -138,7 +138,7 @@ def time_fact(plan: Plan) -> Fact | None:
     """Say how long the data takes; None for a plan without data."""
     if plan.data is None or plan.epoch_s is None:
         return None
-    epochs = plan.spec.epochs
+    epochs, evidence = plan.spec.epochs, plan.chosen.evidence
     name = "pairs" if plan.data.sequences > 1 else "rows"
     note = f"{epochs:g} x {plan.data.rows:,} {name}"
     batching = plan.batching
@@ -146,7 +146,7 @@ def time_fact(plan: Plan) -> Fact | None:
         low, high = batching.seconds.low * epochs, batching.seconds.high * epochs
         note += f", {duration(low)} to {duration(high)}"
     return Fact(name="Time for the data", value=duration(plan.epoch_s * epochs), note=note,
-                known="traced" if plan.chosen.evidence == "traced" else "probed")  # fmt: skip
+                known="probed" if evidence == "proved" else evidence)  # fmt: skip
 
 
 def plan_facts(plan: Plan) -> list[Fact]:

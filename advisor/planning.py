@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_advisor.advisor import elsewhere
 from lora_advisor.advisor.arms import short_form
 from lora_advisor.advisor.conclusion import conclude, nothing_fits
 from lora_advisor.advisor.front import front
@@ -24,6 +25,7 @@ from lora_advisor.advisor.search import search
 from lora_advisor.advisor.session import Probe, Say, Session, prober, reuse, run
 from lora_advisor.advisor.space import baseline_config, build_space
 from lora_advisor.advisor.study_file import check_study_file, write_study
+from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
 from lora_advisor.probes.cards import Card, card_of, find_card
 from lora_advisor.probes.config import RunConfig
@@ -32,7 +34,7 @@ from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import GIB, detect_machine, detect_stack
 from lora_advisor.probes.plan import Candidate, DataSummary, Plan
 from lora_advisor.probes.prices import Price
-from lora_advisor.probes.record import check_writable
+from lora_advisor.probes.record import ProbeResult, check_writable
 from lora_advisor.probes.runner import capped_bytes, context_bytes_of
 from lora_advisor.probes.spec import Spec
 
@@ -58,6 +60,7 @@ def make_plan(
     study_file: Path | None = None,
     own_record: bool = False,
     prices: Sequence[Price] | None = None,
+    imported: Sequence[ProbeResult] = (),
 ) -> Plan:
     """Return the plan for a spec.
 
@@ -72,6 +75,7 @@ def make_plan(
         study_file: SQLite file that the search's study is added to; None to keep none.
         own_record: Whether the user named the record: then one of elsewhere is refused.
         prices: What cards cost to rent; with None those of the package, for long trainings only.
+        imported: Runs of others; those of the very card, where it is not here, teach the models.
 
     Raises:
         NothingFitsError: No configuration fits.
@@ -95,6 +99,7 @@ def make_plan(
             session.probe = probe or prober(session, record, server)
             if not fresh:
                 reuse(session, record, strict=own_record)
+        elsewhere.teach(session, imported)
         aside = set_aside(session) if wanted.gpus > 1 else 0
         plan, study = _plan(session, data, aside)
         if wanted.gpus > 1:
@@ -122,7 +127,7 @@ def _open(
     else:
         machine = detect_machine(spec.device)
         card = card_of(machine) if spec.device == "cuda" else None
-    space = build_space(spec, machine, stack, card)
+    space = build_space(spec, machine, stack, card, cache=TraceCache(cache))
     context = None
     cap = None
     if spec.device == "cuda":
@@ -186,7 +191,7 @@ def _is_as_fixed(session: Session, config: RunConfig) -> bool:
 def _baseline(session: Session) -> Candidate | None:
     """Return what the user would run otherwise, probed if there is a device."""
     precision = session.space.axes["precision"][0]
-    config = baseline_config(session.spec, precision)
+    config = baseline_config(session.spec, precision, cache=session.predictor.store.cache)
     if session.probe is not None:
         check_budget(session, config)
         run(session, short_form(config), "baseline")

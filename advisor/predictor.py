@@ -41,6 +41,8 @@ class Predictor:
         throughput: Throughput model; None while nothing is known of the device.
         energy: Energy model; None while nothing is known of the device's power.
         results: The probes behind the models.
+        elsewhere: The machine whose runs taught the models of a card that is not here; None for
+            none. They are no `results`.
     """
 
     store: TraceStore
@@ -51,6 +53,7 @@ class Predictor:
     throughput: ThroughputModel | None
     energy: EnergyModel | None
     results: tuple[ProbeResult, ...] = ()
+    elsewhere: Machine | None = None
 
     @classmethod
     def start(
@@ -92,6 +95,11 @@ class Predictor:
             changes["energy"] = self._learnt_energy(throughput, ran)
             changes["memory"] = self._learnt_memory([r for r in ran if self.is_whole(r)])
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+    def learn_elsewhere(self, results: Sequence[ProbeResult], machine: Machine) -> Predictor:
+        """Return models taught by runs of such a card in another machine, none of them a probe."""
+        taught = self.learn(results)
+        return dataclasses.replace(taught, results=self.results, elsewhere=machine)
 
     def is_whole(self, result: ProbeResult) -> bool:
         """Whether a probe ran all layers of the model."""
@@ -196,6 +204,9 @@ class Predictor:
         evidence = (
             "probed" if self.results and self.throughput and self.throughput.probes else "traced"
         )
+        if self.elsewhere is not None:
+            evidence = "probed elsewhere"
+            memory = dataclasses.replace(memory, evidence=evidence)
         return Prediction(
             memory=memory,
             verdict=verdict,

@@ -211,7 +211,7 @@ def prove(session: Session, configs: Sequence[RunConfig]) -> Candidate | None:
 
     Once something has run well, only what was measured is proved: the loop before ended because
     nothing else promised enough, or because there was no time to find out. What turns out slower
-    than the next is followed by the next, what does not run in any case.
+    than the next is followed by the next while the budget lasts, what does not run in any case.
     """
     proved: list[RunConfig] = []
     while True:
@@ -220,7 +220,9 @@ def prove(session: Session, configs: Sequence[RunConfig]) -> Candidate | None:
             return None
         best = ranked[0]
         done = [config for config in ranked if config in proved]
-        if len(done) >= _PROOFS:
+        left = session.spec.probe_budget_s - session.probing_s
+        enough = len(done) >= _PROOFS or _expected_s(session, best, PROOF_STEPS) > left
+        if done and enough:
             best = done[0]
         if best in done:
             return session.predictor.candidate(best)

@@ -18,6 +18,8 @@ from lora_advisor.probes.record import ProbeResult
 #: How each kind of evidence is said.
 KNOWN = {
     "traced": "traced: a prediction, not measured",
+    "probed elsewhere": "predicted from imported runs of such a card in another machine, none of "
+    "them measured here",
     "probed": "predicted from probes of neighbouring configurations here",
     "proved": "proved: this configuration ran under the cap",
 }
@@ -69,7 +71,7 @@ def plan_text(plan: Plan) -> str:
     lines.append(tabulate(config_rows(chosen.config), tablefmt="plain"))
     lines += ["", _figures(plan), "", f"known how: {KNOWN[chosen.evidence]}"]
     shared = scaling_text(plan)
-    lines += [] if shared is None else ["", shared, ""]
+    lines += [] if shared is None else ["", shared]
     lines += data_lines(plan)
     for told in (data_text(plan), savings_text(plan)):
         lines += [] if told is None else ["", told]
@@ -230,7 +232,12 @@ def _candidates(title: str, candidates: Sequence[Candidate]) -> str:
 def _effort(plan: Plan) -> str:
     text = f"{plan.trials} configurations looked at in {duration(plan.wall_s)}"
     if plan.machine.kind == "card":
-        return text + "; no probe was run: there is no such card here"
+        text += "; no probe was run: there is no such card here"
+        if plan.imported_from is None:
+            return text
+        from lora_advisor.advisor.elsewhere import where
+
+        return f"{text}; {plan.imported} imported runs of an {where(plan.imported_from)} reused"
     text += f"; {plan.probes} probes in {duration(plan.probing_s)}"
     return text + (f", {plan.reused} earlier ones reused" if plan.reused else "")
 

@@ -38,7 +38,8 @@ def scaling_text(plan: Plan) -> str | None:
     lines += [
         f"  {scaling.set_aside_bytes / GIB:.2f} GiB of each card are left to DDP's buckets and "
         "NCCL",
-        f"  start: accelerate launch --num_processes {gpus} -m lora_advisor.cli train PLAN ...",
+        f"  start: accelerate launch --multi_gpu --num_processes {gpus} -m lora_advisor.cli train "
+        "PLAN ...",
     ]
     return "\n".join(line for line in lines if line)
 

@@ -73,9 +73,7 @@ class RunFolder:
 
     def remove_torn(self) -> Path | None:
         """Remove torn checkpoints, and return the last complete one."""
-        return last_complete_checkpoint(
-            self.path, scaler=self.has_scaler, processes=self.processes
-        )
+        return last_complete_checkpoint(self.path, scaler=self.has_scaler, processes=self.processes)
 
     @property
     def processes(self) -> int:

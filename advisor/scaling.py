@@ -50,7 +50,9 @@ def set_aside(session: Session) -> int:
     searched; for method "full" as those of all weights.
     """
     spec = session.spec
-    config = baseline_config(spec, session.space.axes["precision"][0])
+    config = baseline_config(
+        spec, session.space.axes["precision"][0], cache=session.predictor.store.cache
+    )
     if spec.fixed.get("method") == "full":
         config = config.replace(method="full", lora=None, fp32_upcast=False)
     buckets = gradient_bytes(

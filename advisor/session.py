@@ -59,6 +59,8 @@ class Session:
     trail: list[Probed] = field(default_factory=list)
     #: What cards cost to rent, where the user has brought that.
     prices: tuple[Price, ...] | None = None
+    #: Runs of others that the models of a card that is not here have learnt from.
+    imported: int = 0
 
 
 def prober(session: Session, record: Path, server: ForkServer | None) -> Probe:

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_advisor.advisor.trace_cache import TraceCache, key_of
 from lora_advisor.probes.architectures import attention_of, resolve_architecture
 from lora_advisor.probes.cards import Card
-from lora_advisor.probes.config import LOSSES, LoraShape, RunConfig
+from lora_advisor.probes.config import ATTENTIONS, LOSSES, LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
-from lora_advisor.probes.machine import Machine, Stack
+from lora_advisor.probes.machine import Machine, Stack, detect_stack
 from lora_advisor.probes.spec import Spec
 
 
@@ -71,8 +72,22 @@ def _loss(values: Mapping[str, Any]) -> str:
     return "fused" if values["trainer"] == "trl" or values["kernels"] == "liger" else "full"
 
 
-def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -> Space:
+def build_space(
+    spec: Spec,
+    machine: Machine,
+    stack: Stack,
+    card: Card | None,
+    *,
+    cache: TraceCache | None = None,
+) -> Space:
     """Return the space of a spec.
+
+    Args:
+        spec: What the user wants.
+        machine: The device.
+        stack: The installed versions.
+        card: The device's row in the card table.
+        cache: Keeps traces, and which attention a model has; None to ask transformers.
 
     Raises:
         UsageError: The fixed knobs leave no legal configuration.
@@ -88,7 +103,7 @@ def build_space(spec: Spec, machine: Machine, stack: Stack, card: Card | None) -
         "optimizer": ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
         "precision": _precisions(machine, card),
         "checkpointing": ("full", "every_2", "off", "every_4"),
-        "attention": (_attention(spec),),
+        "attention": (_attention(spec, cache),),
         "kernels": ("none", "liger"),
         "adapter": ("fused",),
         "compile": ("off", "layers"),
@@ -201,8 +216,18 @@ def _lengths(spec: Spec) -> tuple[int, ...]:
     return tuple(lengths or [spec.seq_len])
 
 
-def _attention(spec: Spec) -> str:
-    return attention_of(resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code))
+def _attention(spec: Spec, cache: TraceCache | None) -> str:
+    """Return a model's attention; kept, for who asks transformers imports torch, for seconds."""
+    architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
+    if cache is None or spec.trust_remote_code:  # whose code may have changed
+        return attention_of(architecture)
+    key = key_of(detect_stack(), None, architecture.fingerprint, {"asked": "attention"})
+    known = (cache.get(key) or {}).get("attention")
+    if known in ATTENTIONS:
+        return str(known)
+    found = attention_of(architecture)
+    cache.put(key, {"attention": found})
+    return found
 
 
 def _precisions(machine: Machine, card: Card | None) -> tuple[str, ...]:
@@ -240,7 +265,7 @@ def _exclude(
         excluded.append(("trainer trl", "trl is not installed"))
 
 
-def baseline_config(spec: Spec, precision: str) -> RunConfig:
+def baseline_config(spec: Spec, precision: str, *, cache: TraceCache | None = None) -> RunConfig:
     """Return what most tutorials run: Trainer, QLoRA after prepare_model_for_kbit_training, 2 rows.
 
     Preference pairs have TRL's trainer there. It keeps the user's stage, sequence length, effective
@@ -259,7 +284,7 @@ def baseline_config(spec: Spec, precision: str) -> RunConfig:
         optimizer="adamw_torch_fused",
         precision=precision,
         checkpointing="full",
-        attention=_attention(spec),
+        attention=_attention(spec, cache),
         kernels="none",
         loss="fused" if stage == "dpo" else "full",
         fp32_upcast=True,

@@ -176,6 +176,8 @@ class TraceStore:
     @staticmethod
     def release_workers() -> None:
         """End the processes that replayed, so that nothing runs beside a probe."""
+        if "joblib" not in sys.modules:
+            return
         from joblib.externals.loky import get_reusable_executor
 
         get_reusable_executor().shutdown(wait=True)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lora_advisor.advisor.as_one_of import as_one_of
-from lora_advisor.advisor.asking import training_device
 from lora_advisor.advisor.options import long_rows_option
 from lora_advisor.probes.errors import UsageError
 
@@ -107,11 +105,14 @@ def train(plan_file: Path, **options: Any) -> int:  # fmt: skip
       lora-advisor train plan.json --output runs/first --eval-steps 100 --drop-known
       lora-advisor train plan.json --output runs/first --long-rows split
     """
+    from lora_advisor.advisor.as_one_of import as_one_of
+
     return as_one_of(lambda launch: _train(plan_file, options, launch))
 
 
 def _train(plan_file: Path, options: dict[str, Any], launch: Launch) -> int:
     """Train as one of the processes that a launcher has started, mostly the only one."""
+    from lora_advisor.advisor.asking import training_device
     from lora_advisor.advisor.launched import forget_precision, shared_config, take_own_card
     from lora_advisor.probes.plan import read_plan
 

@@ -30,14 +30,17 @@ CHECKPOINTING = ("full", "every_2", "off")
 
 
 def by_arm(space: Space, predictor: Predictor) -> dict[tuple, list[RunConfig]]:
-    """Return what may fit, by arm."""
+    """Return what may fit, by arm; beyond a micro-batch that does not fit no larger one does."""
     arms: dict[tuple, list[RunConfig]] = {}
-    for config in space.configs():
-        if config.checkpointing in CHECKPOINTING:
-            plain = config.replace(**PLAIN)
-            if predictor.predict(plain).verdict != "does not fit":
-                arm = (config.method, config.kernels, config.compile, config.checkpointing)
-                arms.setdefault(arm, []).append(config)
+    too_large: dict[tuple, int] = {}
+    for config in sorted(space.configs(), key=lambda config: config.micro_batch):
+        arm = (config.method, config.kernels, config.compile, config.checkpointing)
+        if config.checkpointing not in CHECKPOINTING or arm in too_large:
+            continue
+        if predictor.predict(config.replace(**PLAIN)).verdict == "does not fit":
+            too_large[arm] = config.micro_batch
+        else:
+            arms.setdefault(arm, []).append(config)
     return arms
 
 

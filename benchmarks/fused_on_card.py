@@ -21,6 +21,7 @@ RECORDINGS = Path("tests/recordings")
 FILES = (
     RECORDINGS / "h100-adapters-2026-11-25.jsonl",
     RECORDINGS / "h100-compiled-adapters-2026-11-25.jsonl",
+    RECORDINGS / "h100-contenders-2026-11-26.jsonl",
 )
 
 

@@ -144,6 +144,8 @@ class Plan:
         rentals: What it would take and cost on cards for rent; likewise, or where prices came.
         scaling: What several cards come to together, of which `chosen` is one's share; None for
             one card.
+        imported: Runs of others, on such a card in another machine, that the models learnt from.
+        imported_from: That machine; None without any.
     """
 
     spec: Spec
@@ -171,6 +173,8 @@ class Plan:
     savings: tuple[Saving, ...] = ()
     rentals: tuple[Rental, ...] = ()
     scaling: Scaling | None = None
+    imported: int = 0
+    imported_from: Machine | None = None
 
     @property
     def batching(self) -> Batching | None:
@@ -220,6 +224,10 @@ class Plan:
             excluded=tuple((what, why) for what, why in data["excluded"]),
             data=None if data.get("data") is None else DataSummary.from_json(data["data"]),
             scaling=None if data.get("scaling") is None else Scaling.from_json(data["scaling"]),
+            imported=data.get("imported") or 0,
+            imported_from=Machine.from_json(data["imported_from"])
+            if data.get("imported_from")
+            else None,
             batchings=tuple(Batching.from_json(item) for item in data.get("batchings") or ()),
             trail=tuple(Probed.from_json(item) for item in data.get("trail") or ()),
             considered=tuple(Considered.from_json(item) for item in data.get("considered") or ()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 #: The ladder of evidence, weakest first.
-EVIDENCE = ("traced", "probed", "proved")
+EVIDENCE = ("traced", "probed elsewhere", "probed", "proved")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -167,9 +167,17 @@ def append_record(path: Path, result: ProbeResult) -> None:
     Raises:
         OutputError: The place cannot be written.
     """
-    line = json.dumps({"format": FORMAT, **result.to_json()}) + "\n"
+    append_lines(path, json.dumps({"format": FORMAT, **result.to_json()}) + "\n")
+
+
+def append_lines(path: Path, text: str) -> None:
+    """Write whole lines at the end of a record file, to the disk before this returns.
+
+    Raises:
+        OutputError: The place cannot be written.
+    """
     try:
-        _append(path, line)
+        _append(path, text)
     except OSError as error:
         raise _cannot_be_written(path, error) from None
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,13 @@ HEALTHY = Facts(
     imports=Imports(
         sections={
             "torch": CUDA_TORCH,
-            "attention": {"flash": True, "memory-efficient": True, "cudnn": False},
+            "attention": {
+                "flash": True,
+                "memory-efficient": True,
+                "cudnn": False,
+                "taken": "flash",
+            },
+            "segments": {"works": True},
             "flash_attn": {},
             "bitsandbytes": CUDA_BNB,
         }
@@ -76,6 +83,7 @@ HEALTHY = Facts(
     environment={},
     here=ROOM,
     cache=ROOM,
+    own_cache=ROOM,
     ram_bytes=32 * 2**30,
     ram_free_bytes=20 * 2**30,
 )
@@ -101,6 +109,97 @@ def with_versions(**versions: str | None) -> Facts:
 
 def test_a_healthy_machine_has_nothing_but_ok() -> None:
     assert {finding.status for finding in examine(HEALTHY)} == {"ok"}
+
+
+FULL = Place(path="/full", free_bytes=2**28, is_writable=True)
+#: The ten usual breakages: the facts that show each, whose line says so, and what to do.
+BREAKAGES: dict[str, tuple[Callable[[], Facts], str, str, str]] = {
+    "driver too old": (
+        lambda: importing(torch={**CUDA_TORCH, "driver_cuda": "12.4"}),
+        "driver", "error", "update the driver to 580 or newer",
+    ),
+    "CPU-only torch": (lambda: importing(torch=CPU_TORCH), "torch", "error", "pip install torch"),
+    "bitsandbytes without CUDA": (
+        lambda: importing(bitsandbytes=CPU_BNB),
+        "bitsandbytes", "error", "pip install -U bitsandbytes",
+    ),
+    "flash attention downgraded": (
+        lambda: importing(attention={"flash": False, "memory-efficient": True,
+                                     "taken": "memory-efficient"}),
+        "attention", "warning", "install the torch build",
+    ),
+    "no fused attention taken": (
+        lambda: importing(attention={"flash": True, "memory-efficient": True, "taken": "math"}),
+        "attention", "warning", "install the torch build",
+    ),
+    "WSL spills": (
+        lambda: dataclasses.replace(HEALTHY, is_wsl=True),
+        "system", "warning", "spills to system memory",
+    ),
+    "another process": (
+        lambda: dataclasses.replace(HEALTHY, gpu=dataclasses.replace(CARD, process_ids=(7,))),
+        "gpu processes", "warning", "end them before a plan",
+    ),
+    "no space for checkpoints": (
+        lambda: dataclasses.replace(HEALTHY, here=FULL), "disk", "warning", "another folder",
+    ),
+    "no space for models": (
+        lambda: dataclasses.replace(HEALTHY, cache=FULL), "model cache", "warning", "HF_HOME",
+    ),
+    "no space for traces": (
+        lambda: dataclasses.replace(HEALTHY, own_cache=FULL),
+        "own cache", "warning", "LORA_ADVISOR_CACHE",
+    ),
+    "no Liger": (
+        lambda: with_versions(liger_kernel=None),
+        "liger-kernel", "warning", "pip install 'lora-advisor[gpu]'",
+    ),
+    "no trl": (lambda: with_versions(trl=None), "trl", "error", "pip install 'trl>=1.16'"),
+    "unsupported compute capability": (
+        lambda: dataclasses.replace(HEALTHY, gpu=dataclasses.replace(CARD, capability="6.1")),
+        "torch", "error", "install a build that has",
+    ),
+    "no expandable segments": (
+        lambda: importing(segments={"works": False}),
+        "expandable segments", "warning", "--allocator default",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BREAKAGES)
+def test_each_usual_breakage_has_a_line_of_its_own_with_what_to_do(what: str) -> None:
+    facts, name, status, advice = BREAKAGES[what]
+    wrong = {f.name: f for f in examine(facts()) if f.status != "ok"}
+
+    assert set(wrong) == {name}, "one cause, one line"
+    assert wrong[name].status == status
+    assert advice in str(wrong[name].advice)
+
+
+@pytest.mark.parametrize(
+    ("section", "status"),
+    [
+        ({"works": None}, "unknown"),
+        ({"error": "RuntimeError: no driver"}, "warning"),
+        ({}, "unknown"),
+    ],
+)
+def test_segments_that_could_not_be_tried_are_not_called_broken(
+    section: dict[str, Any], status: str
+) -> None:
+    assert look("expandable segments", importing(segments=section)).status == status
+
+
+def test_an_older_cards_memory_efficient_attention_is_no_downgrade() -> None:
+    works = {"flash": False, "memory-efficient": True, "taken": "memory-efficient"}
+    facts = importing(attention=works)
+    facts = dataclasses.replace(facts, gpu=dataclasses.replace(CARD, capability="7.5"))
+
+    finding = look("attention", facts)
+
+    assert (finding.status, finding.value) == (
+        "ok", "sdpa with memory-efficient, takes memory-efficient",
+    )  # fmt: skip
 
 
 def test_no_two_findings_share_a_name() -> None:
@@ -380,7 +479,9 @@ def test_this_machine_is_examined_without_an_exception() -> None:
     findings = examine(facts)
 
     assert facts.imports.failure is None
-    assert set(facts.imports.sections) == {"torch", "attention", "flash_attn", "bitsandbytes"}
+    assert set(facts.imports.sections) == {
+        "torch", "attention", "segments", "flash_attn", "bitsandbytes",
+    }  # fmt: skip
     # The wheel of PyPI is called 2.13.0 and says 2.13.0+cu130 of itself.
     assert str(facts.imports.sections["torch"]["version"]).startswith(
         str(facts.versions["torch"]).split("+")[0]

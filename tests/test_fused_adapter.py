@@ -136,18 +136,39 @@ def test_in_16_bits_it_is_as_near_to_the_truth_as_peft(folder: str, method: str)
 )  # fmt: skip
 def test_fifty_steps_learn_the_same(folder: str, changes: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(folder, **changes)
+
+    assert_the_same_is_learnt(config, config.replace(adapter="fused"), tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "qlora", "precision": "bf16"}])
+def test_fifty_steps_of_compiled_layers_learn_the_same(
+    folder: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compile_(layer: Any, **_: Any) -> None:  # all but Inductor, which needs a C++ compiler
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    torch._dynamo.reset()
+    config = config_of(folder, **changes)
+
+    assert_the_same_is_learnt(config, config.replace(adapter="fused", compile="layers"), tmp_path)
+
+    frames = torch._dynamo.utils.counters["frames"]
+    assert frames["ok"] == frames["total"] > 0  # the layers were compiled, and whole
+
+
+def assert_the_same_is_learnt(one: RunConfig, other: RunConfig, folder: Path) -> None:
+    """Train fifty steps each and compare their losses."""
     curves = []
-    for adapter in ("peft", "fused"):
-        trainer = trainer_of(
-            folder, config.replace(adapter=adapter), steps=50, out=tmp_path / adapter
-        )
+    for config in (one, other):
+        trainer = trainer_of(config.model, config, steps=50, out=folder / config.adapter)
         trainer.train()
         curves.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
 
     plain, fused = curves
     assert len(plain) == len(fused) == 50
     assert plain[-1] < plain[0] - 0.05  # it learns at all
-    tolerance = 1e-3 if config.precision == "fp32" else 1e-2
+    tolerance = 1e-3 if one.precision == "fp32" else 1e-2
     assert max(abs(a - b) for a, b in zip(plain, fused, strict=True)) < tolerance
 
 

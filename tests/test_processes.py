@@ -82,10 +82,13 @@ def cases(tiny: Path) -> dict[str, Case]:
             "changes": uneven,
         },
         "unbroken": {"config": config_of(tiny), "changes": LONG},
-        # Last, for this process's device stays too small: one cannot take two rows, and all give
-        # way before the first step.
-        "too small": {
-            "config": still(tiny), "changes": short, "too_small_in": 1, "rows_that_fit": 1,
+        # One cannot take two rows, and all give way before the first step.
+        "too small": {"config": still(tiny), "changes": short, "too_small_in": 1, "after": 0},
+        # Its memory runs out in the fourth step, after the longest rows and three micro-batches:
+        # the last case, for it ends both.
+        "too small later": {
+            "config": still(tiny), "changes": {**short, "max_steps": 9, "save_steps": 2},
+            "too_small_in": 1, "after": 4,
         },
     }  # fmt: skip
 
@@ -101,8 +104,9 @@ def together(tiny: Path, cases: dict[str, Case], tmp_path_factory: pytest.TempPa
     ]  # fmt: skip
     (folder / "cases.json").write_text(json.dumps(listed), "utf-8")
     children = start([TESTS / "train_together.py", folder / "cases.json"])
-    said = finish(children)
-    assert [child.returncode for child in children] == [0, 0], said
+    (folder / "said.json").write_text(json.dumps(finish(children)), "utf-8")
+    assert (folder / "too small" / "result.json").exists(), (folder / "said.json").read_text()
+    assert [child.returncode for child in children] == [71, 71]
     return folder
 
 
@@ -147,13 +151,12 @@ def test_one_folder_is_written_by_one_process(together: Path, cases: dict[str, C
     assert state["identity"]["processes"] == 2
 
 
-def test_tokens_are_those_of_all_processes(together: Path, tiny: Path) -> None:
-    (first, *_), last = _reports(together / "unbroken"), None
-    result = result_in(together / "unbroken")
-    # A step has 4 rows of 60 to 80 tokens; one process sees half of them.
-    assert result.measured.step_s is not None and result.measured.padded_tokens_per_s is not None
-    assert result.measured.padded_tokens_per_s * result.measured.step_s > 3 * 50
-    assert first["padded_tokens_per_s"] > 0 and last is None
+def test_tokens_are_those_of_all_processes(together: Path) -> None:
+    # Every step has 4 rows of 67 to 75 tokens, of which one process sees two.
+    measured = result_in(together / "unbroken").measured
+    assert measured.step_s is not None and measured.padded_tokens_per_s is not None
+    assert 3 * 60 < measured.padded_tokens_per_s * measured.step_s < 5 * 80
+    assert all(report["padded_tokens_per_s"] > 0 for report in _reports(together / "unbroken"))
 
 
 def _reports(folder: Path) -> list[dict[str, Any]]:
@@ -171,6 +174,22 @@ def test_memory_that_runs_out_in_one_process_is_given_way_to_by_all(together: Pa
         "memory ran out with micro-batch 2; going on from the start with micro-batch 1 and 2 "
         "accumulation: as many rows in a step as before"
     ]
+
+
+def test_memory_that_runs_out_in_a_step_of_one_ends_all_and_is_remembered(together: Path) -> None:
+    first, second = json.loads((together / "said.json").read_text("utf-8"))
+    assert (
+        "Error: memory ran out in process 1 of 2 with micro-batch 2, in a step that the others are "
+        "in; the same command goes on from checkpoint 2 with micro-batch 1." in second
+    )
+    assert (
+        "Error: another process of this training has ended; the same command goes on from "
+        "checkpoint 2." in first
+    )
+    state = json.loads((together / "too small later" / "state.json").read_text("utf-8"))
+    (recovery,) = state["recoveries"]
+    assert (recovery["new_micro_batch"], recovery["new_accumulation"]) == (1, 2)
+    assert not (together / "too small later" / "result.json").exists()
 
 
 def test_signals_and_kills_end_all_and_the_same_command_goes_on_exactly(
@@ -221,10 +240,9 @@ def test_signals_and_kills_end_all_and_the_same_command_goes_on_exactly(
     assert weights(result.adapter) == weights(unbroken.adapter)
     assert result.eval_loss_after == unbroken.eval_loss_after
 
-    # It has ended; another number of processes is another training.
-    children = start(words, size=1)
-    (text,) = finish(children)
-    assert children[0].returncode == 64 and "with processes 2, but this one has 1" in text
+    # Another number of processes is another training.
+    with pytest.raises(UsageError, match="with processes 2, but this one has 1"):
+        run(config_of(tiny), tiny / "rows.jsonl", output, **LONG)
 
 
 def _wait(until: Callable[[], bool], children: list[subprocess.Popen[str]]) -> None:

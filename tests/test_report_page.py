@@ -18,6 +18,7 @@ from made_up_device import Device, plan_with
 from tiny_training import config_of, run
 from traced_once import save_figures, share_traces
 
+from lora_advisor.advisor import page_predictor
 from lora_advisor.advisor.outcome import Predicted
 from lora_advisor.advisor.page import page, title_of
 from lora_advisor.advisor.page_html import document, tag
@@ -332,7 +333,11 @@ def test_what_is_over_the_limit_is_not_on_the_front() -> None:
     assert [p.tokens_per_s for p in front_of(points, 5)] == [4, 5]
 
 
-def test_the_map_shows_every_size_with_its_verdict(made: Plan, tmp_path: Path) -> None:
+def test_the_map_shows_every_size_with_its_verdict(
+    made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_predictor, "_MICRO_BATCHES", (1, 64))
+    monkeypatch.setattr(page_predictor, "_TIMES", 1)
     write_plan(tmp_path / "plan.json", made)
     drawn, why = map_of(made, predictor_of(made, None))
 
