@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, help="Folder of a training.")
     arguments = parser.parse_args()
-    name = "qwen2.5-1.5b-1024.json"
+    name = "qwen2.5-1.5b-1024-peft.json"
     words = [
         "report", RECORDINGS / f"plan-{name}", "--record", RECORDINGS / f"probes-{name}l",
         "--out", DOCS / "report-example.html", "--png", DOCS / "report-example.png",

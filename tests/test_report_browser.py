@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     chromium.program() is None, reason="Chromium is not installed (apt-get install chromium)"
 )
 
-H100 = Path(__file__).parent / "recordings" / "regret" / "plan-qwen2.5-1.5b-1024.json"
+H100 = Path(__file__).parent / "recordings" / "regret" / "plan-qwen2.5-1.5b-1024-peft.json"
 HOSTILE = """<img src=x onerror="window.hurt=1"><script>window.hurt=1</script>'"&"""
 
 #: Of every chart that is shown: marks with a size within the chart, and the colour of the first.

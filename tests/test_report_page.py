@@ -40,7 +40,7 @@ pytestmark = [
 ]
 
 REGRET = Path(__file__).parent / "recordings" / "regret"
-H100 = REGRET / "plan-qwen2.5-1.5b-1024.json"
+H100 = REGRET / "plan-qwen2.5-1.5b-1024-peft.json"
 HOSTILE = """<script>alert("x")</script> & 'a' | <b>`bold`</b> \x1b[31m"""
 
 Say = Callable[..., tuple[int, str, str]]
@@ -301,7 +301,7 @@ def test_expectations_follow_again_from_the_record(made: Plan) -> None:
     assert trail[-1].expected_evidence == "probed"
     fresh = predictor.predict(results[-1].config)
     assert fresh.evidence == "traced"  # what came later taught only what was asked later
-    other = read_records(REGRET / "probes-qwen2.5-1.5b-1024.jsonl")
+    other = read_records(REGRET / "probes-qwen2.5-1.5b-1024-peft.jsonl")
     assert trail_from_record(plan, other, predictor) == ()
 
 
