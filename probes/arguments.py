@@ -45,7 +45,7 @@ def training_arguments(config: RunConfig, schedule: Schedule, *, device: str) ->
         "eval_strategy": "no",
         "logging_strategy": "no" if schedule.logging_steps is None else "steps",
         # It reads every micro-batch's loss back: the host waits for the device, and the device then
-        # for the host, 10 ms a micro-batch on an H100. The guards see what is not finite.
+        # for the host. The guards see what is not finite.
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "report_to": "none",

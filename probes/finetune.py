@@ -87,7 +87,7 @@ def build_trainer(
     arguments = training_arguments(config, schedule, device=device)
     checkpointing = arguments["activation_checkpointing_kwargs"]
     if checkpointing is not None and not draws_numbers(config, model):
-        # Reading the generators' states for each layer takes the host some 100 us.
+        # Else the host reads the generators' states for each layer, forward and backward.
         checkpointing["preserve_rng_state"] = False
     with quiet_deprecations():
         if config.stage == "dpo":

@@ -1,11 +1,12 @@
-"""peft's LoRA layers with one autograd function for a frozen product and its adapter.
+"""peft's LoRA layers with a frozen product and its adapter computed together.
 
 What peft's own forward pass spends beside the products themselves is left out: the input cast to
 the adapter's fp32 and back (peft/tuners/lora/layer.py, `_cast_input_dtype`), a clone of the output
 of 4-bit weights (lora/bnb.py), the scaled update and its sum with the output as tensors of their
 own, and as many passes over them backward. The adapter is added to the output in place instead, and
-so is its part of the input's gradient. Parameters, names and files are peft's; where a layer does
-anything else (dropout, merged or several adapters, variants) peft's forward pass runs.
+so is its part of the input's gradient; in compiled layers the same stands as plain operations, for
+the compiler to fuse (`_traceable_product`). Parameters, names and files are peft's; where a layer
+does anything else (dropout, merged or several adapters, variants) peft's forward pass runs.
 
 torch and peft are imported with this module, which `adapters.py` does when it is needed.
 """
