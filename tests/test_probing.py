@@ -77,6 +77,31 @@ def test_the_probes_end_with_the_budget_and_the_proof_is_owed_all_the_same(
     assert plan.chosen.evidence == "proved"
 
 
+class Tiring(Device):
+    """Runs at half its speed where it is measured at length."""
+
+    def answer(self, config: RunConfig, layers: int | None, steps: int) -> ProbeResult:
+        """Return what comes of a configuration."""
+        result = super().answer(config, layers, steps)
+        slow = 2 if steps == PROOF_STEPS else 1
+        times = tuple(slow * step_s for step_s in result.step_times_s)
+        return dataclasses.replace(result, step_times_s=times)
+
+
+@pytest.mark.parametrize(("budget_s", "more"), [(1e6, True)])
+def test_what_turns_out_slower_is_followed_by_the_next_while_the_budget_lasts(
+    spec: Spec, tmp_path: Path, budget_s: float, more: bool
+) -> None:
+    device = Tiring(spec)
+
+    plan = plan_with(device, tmp_path, probe_budget_s=budget_s)
+
+    proofs = [config for config, _, steps in device.asked if steps == PROOF_STEPS]
+    assert len(set(device.probed)) >= 2  # there was something to go on to
+    assert len(proofs) > 1 if more else len(proofs) == 1
+    assert plan.chosen.config in proofs and plan.chosen.evidence == "proved"
+
+
 def test_with_ample_budget_the_loop_ends_where_nothing_gains(spec: Spec, tmp_path: Path) -> None:
     said: list[str] = []
 
