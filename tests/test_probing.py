@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from made_up_device import Device, plan_with, speed_of
@@ -78,28 +79,42 @@ def test_the_probes_end_with_the_budget_and_the_proof_is_owed_all_the_same(
 
 
 class Tiring(Device):
-    """Runs at half its speed where it is measured at length."""
+    """Runs at half its speed where it is measured at length, and moves a clock on."""
+
+    seconds = 0.0
+    first_proof_ended: float | None = None
 
     def answer(self, config: RunConfig, layers: int | None, steps: int) -> ProbeResult:
         """Return what comes of a configuration."""
         result = super().answer(config, layers, steps)
         slow = 2 if steps == PROOF_STEPS else 1
         times = tuple(slow * step_s for step_s in result.step_times_s)
+        self.seconds += 8 + sum(times)
+        if steps == PROOF_STEPS and self.first_proof_ended is None:
+            self.first_proof_ended = self.seconds
         return dataclasses.replace(result, step_times_s=times)
 
 
-@pytest.mark.parametrize(("budget_s", "more"), [(1e6, True)])
 def test_what_turns_out_slower_is_followed_by_the_next_while_the_budget_lasts(
-    spec: Spec, tmp_path: Path, budget_s: float, more: bool
+    spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = Tiring(spec)
+    def proofs(folder: str, budget_s: float) -> tuple[Tiring, list[RunConfig]]:
+        device = Tiring(spec)
+        clock = SimpleNamespace(monotonic=lambda: device.seconds)
+        monkeypatch.setattr("lora_advisor.advisor.session.time", clock)
+        (tmp_path / folder).mkdir()
+        plan = plan_with(device, tmp_path / folder, probe_budget_s=budget_s)
+        found = [config for config, _, steps in device.asked if steps == PROOF_STEPS]
+        assert plan.chosen.config in found and plan.chosen.evidence == "proved"
+        return device, found
 
-    plan = plan_with(device, tmp_path, probe_budget_s=budget_s)
+    ample, several = proofs("ample", 1e6)
+    assert ample.first_proof_ended is not None
+    short, one = proofs("short", ample.first_proof_ended + 1)
 
-    proofs = [config for config, _, steps in device.asked if steps == PROOF_STEPS]
-    assert len(set(device.probed)) >= 2  # there was something to go on to
-    assert len(proofs) > 1 if more else len(proofs) == 1
-    assert plan.chosen.config in proofs and plan.chosen.evidence == "proved"
+    assert len(several) > 1
+    assert len(set(short.probed)) > 1  # there was something to go on to
+    assert len(one) == 1
 
 
 def test_with_ample_budget_the_loop_ends_where_nothing_gains(spec: Spec, tmp_path: Path) -> None:
