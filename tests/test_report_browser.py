@@ -99,9 +99,12 @@ def test_a_mark_tells_its_figures_under_the_pointer(browser: chromium.Page, file
     browser.look(width=1000)
     browser.open(file)
     assert browser.run("document.getElementById('tip').hidden") is True
+    # A page tells of its scrolling with the next frame, and scrolling hides what is told.
     place = browser.run(
-        "(() => { const m = document.querySelector('.wide polygon.star');"
-        " m.scrollIntoView({block: 'center'}); const b = m.getBoundingClientRect();"
+        "(async () => { const m = document.querySelector('.wide polygon.star');"
+        " const scrolled = new Promise(done => addEventListener('scroll', done, {once: true}));"
+        " m.scrollIntoView({block: 'center'}); await scrolled;"
+        " const b = m.getBoundingClientRect();"
         " return [b.left + b.width / 2, b.top + b.height / 2]; })()"
     )
 
