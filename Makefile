@@ -27,7 +27,7 @@ types: $(VENV)/.installed-dev ## Check the types
 	$(BIN)/mypy tests
 
 test: $(VENV)/.installed-dev ## Run the tests: make test ARGS=tests/test_config.py
-	$(BIN)/pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: lint types test ## All three
 

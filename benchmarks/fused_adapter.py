@@ -27,9 +27,8 @@ def figures(predictor: Predictor, config: RunConfig) -> dict[str, float | None]:
     """Return what a step of a configuration comes to."""
     work, prediction = predictor.work(config), predictor.predict(config)
     speed = prediction.tokens_per_s if config.compile == "off" else None
-    launches = work.launches + work.engine_launches + work.custom_launches + work.compiled_launches
     return {
-        "launches": round(launches),
+        "launches": round(work.kernels),
         "gb_moved": round(work.bytes_moved / 1e9, 1),
         "tflops": round((work.matmul_flops + work.attention_flops) / 1e12, 2),
         "needed_gib": round(prediction.memory.needed_bytes / 2**30, 3),

@@ -27,26 +27,23 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: Seconds the host needs for a micro-batch (data, logging, clipping), an operator that Python code
-#: calls, a kernel that the autograd engine launches, one with Python code of its own, and one of a
-#: compiled program. Their ratios are fitted to the recorded steps of an H100 machine, whose host
-#: takes 2.8 times as long; hosts differ by a factor of 2 either way.
-_HOST_S = (0.0072, 2.304e-5, 7.2e-6, 8.46e-5, 1.224e-5)
-#: How many times as long the host takes for the same launches in a step of TRL's trainer as in one
-#: of transformers.Trainer, by recorded steps that the host bound (tests/recordings/h100_work.json,
-#: rows 40 to 46 against 60, 61 and 65). Why is not known.
-_TRL = 1.4
+#: calls, a kernel that the autograd engine launches, one with Python code of its own, one of a
+#: compiled program, one there that calls Python, and a tensor that passes a hook. Fitted to the
+#: recorded steps of two H100 hosts (tests/recordings/regret of Qwen2.5-1.5B, h100_work.json); other
+#: hosts differ by a factor of 2 either way.
+_HOST_S = (0.016, 2.0e-5, 1.6e-5, 1.3e-4, 1.7e-5, 7e-5, 1.6e-5)
 #: Shares of the card's peaks that matrix products reach in 16 and in 32 bits, then attention:
 #: flash or cuDNN, memory-efficient, in 32 bits; and of its bandwidth that all other kernels reach.
 #: Fitted with the host's, and to the published steps of other cards (benchmarks/results/
 #: published_throughput.json). Then the seconds of a kernel beside what it computes.
-_SHARES = (0.55, 0.9, 0.2, 0.1, 0.15)
-_BANDWIDTH_SHARE = 0.6
-_KERNEL_S = 2.5e-6
+_SHARES = (0.65, 0.9, 0.4, 0.1, 0.15)
+_BANDWIDTH_SHARE = 0.7
+_KERNEL_S = 4e-6
 #: How the two combine: a norm between their maximum and their sum, for where both are as long each
 #: waits for the other some of the time. It and the shares were chosen so that steps are ranked best
 #: on every card of benchmarks/results/published_throughput.json and of the H100's records. Probes
 #: draw it to what this host and card do; the standard deviation is that of its logarithm.
-_NORM = 1.7
+_NORM = 6.0
 _NORM_PRIOR = 0.5
 
 #: Standard deviations, in log time, of what no probe has spoken of: how far a whole side of a host
@@ -244,15 +241,15 @@ class ThroughputModel:
 
 def host_terms(config: RunConfig, work: Work) -> tuple[float, ...]:
     """Return how much a step asks of the host: micro-batches, and launches by who issues them."""
-    slower = _TRL if config.trainer == "trl" else 1.0
-    amounts = (
+    return (
         float(config.accumulation),
         work.launches,
         work.engine_launches,
         work.custom_launches,
         work.compiled_launches,
+        work.compiled_custom_launches,
+        work.hooks,
     )
-    return tuple(slower * amount for amount in amounts)
 
 
 def device_terms(work: Work, slower: float) -> tuple[float, ...]:
@@ -260,7 +257,6 @@ def device_terms(work: Work, slower: float) -> tuple[float, ...]:
 
     FLOPs in a precision that is slower than bf16 count that many times.
     """
-    kernels = work.launches + work.engine_launches + work.custom_launches + work.compiled_launches
     return (
         work.matmul_flops * slower,
         work.fp32_matmul_flops,
@@ -268,7 +264,7 @@ def device_terms(work: Work, slower: float) -> tuple[float, ...]:
         work.efficient_attention_flops * slower,
         work.fp32_attention_flops,
         work.bytes_moved,
-        kernels,
+        work.kernels,
     )
 
 

@@ -279,8 +279,11 @@ def _trl_patches() -> list[Any]:
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
 
-    def fold(*_: Any, **__: Any) -> None:
-        return None
+    def fold(tile: torch.Tensor, *_: Any, **__: Any) -> None:
+        triton_kernel(tile)
+
+    def unfold(tile: torch.Tensor, *_: Any, **__: Any) -> None:
+        triton_kernel(tile, tile)  # the logits become their gradient
 
     def addmm_fp32(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
@@ -288,7 +291,7 @@ def _trl_patches() -> list[Any]:
     return [
         mock.patch.object(utils, "_use_triton", lambda device: True),
         mock.patch.object(chunked_logprob, "_forward_tile", fold),
-        mock.patch.object(chunked_logprob, "_backward_tile", fold),
+        mock.patch.object(chunked_logprob, "_backward_tile", unfold),
         mock.patch.object(chunked_logprob, "_addmm_fp32", addmm_fp32),
     ]
 

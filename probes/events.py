@@ -39,10 +39,13 @@ class Work:
     Launches are told apart by who issues them, for that decides what they cost the host.
 
     Attributes:
-        launches: Kernels that a module's Python code launches through PyTorch's operators.
+        launches: Kernels that Python code launches through PyTorch's operators.
         engine_launches: Those of the autograd engine, which is C++.
         custom_launches: Calls of kernels with Python code of their own: Triton's, bitsandbytes'.
         compiled_launches: Those of a compiled program.
+        compiled_custom_launches: Those among them that call Python: bitsandbytes' operators.
+        hooks: Tensors that pass a hook of what is saved for the backward pass, as activation
+            checkpointing has them: when they are saved, saved anew, and asked for.
         matmul_flops: Floating-point operations of matrix products in 16 bits.
         fp32_matmul_flops: Those of products in 32 bits.
         attention_flops: Those of flash and cuDNN attention.
@@ -56,6 +59,8 @@ class Work:
     engine_launches: float = 0.0
     custom_launches: float = 0.0
     compiled_launches: float = 0.0
+    compiled_custom_launches: float = 0.0
+    hooks: float = 0.0
     matmul_flops: float = 0.0
     fp32_matmul_flops: float = 0.0
     attention_flops: float = 0.0
@@ -71,6 +76,17 @@ class Work:
     def times(self, factor: float) -> Work:
         """Multiply term by term."""
         return Work(*(amount * factor for amount in self.amounts()))
+
+    @property
+    def kernels(self) -> float:
+        """Kernels that run, whoever launches them."""
+        return (
+            self.launches
+            + self.engine_launches
+            + self.custom_launches
+            + self.compiled_launches
+            + self.compiled_custom_launches
+        )
 
     def amounts(self) -> tuple[float, ...]:
         """Return the terms in order."""

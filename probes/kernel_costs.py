@@ -123,7 +123,9 @@ def issued(work: Work, name: str, *, by_engine: bool) -> Work:
     launches = work.launches
     if not launches:
         return work
-    if name.startswith(_CUSTOM):  # a compiled program calls their Python code too
+    if in_compiled_program() and name.startswith("bitsandbytes::"):
+        return dataclasses.replace(work, launches=0.0, compiled_custom_launches=1.0)
+    if name.startswith(_CUSTOM):
         return dataclasses.replace(work, launches=0.0, custom_launches=1.0)
     if in_compiled_program():
         return dataclasses.replace(work, launches=0.0, compiled_launches=launches)
@@ -140,7 +142,7 @@ def _work(
     if short == "t" or short.startswith(_VIEWS):
         return Work()
     if short.startswith(_PRODUCTS):
-        return _product_work(_matmul_flops(short, args), _bytes(args) + _bytes(result), result)
+        return _product_work(short, args, moved=_bytes(args) + _bytes(result))
     if "gemm_4bit" in short:
         rows = args[0].numel() // args[0].shape[-1]
         weight = math.prod(args[2])
@@ -159,20 +161,18 @@ def _work(
 _THIN = 100
 
 
-def _product_work(flops: float, moved: float, result: Any) -> Work:
-    if flops < _THIN * moved:
-        return Work(launches=1, bytes_moved=moved)
-    if result.element_size() > 2:
-        return Work(launches=1, fp32_matmul_flops=flops)
-    return Work(launches=1, matmul_flops=flops)
-
-
-def _matmul_flops(short: str, args: tuple[Any, ...]) -> float:
+def _product_work(short: str, args: tuple[Any, ...], *, moved: float) -> Work:
     tensors = [arg for arg in args if hasattr(arg, "shape") and arg.dim() >= 2]
     if short.startswith(("addmm", "baddbmm")):
         tensors = tensors[-2:]
     left, right = tensors[0], tensors[1]
-    return float(2 * left.numel() * right.shape[-1])
+    flops = 2.0 * left.numel() * right.shape[-1]
+    if flops < _THIN * moved:
+        return Work(launches=1, bytes_moved=moved)
+    # The factors decide, not the sum: tensor cores add products of 16 bits up in 32.
+    if left.element_size() > 2:
+        return Work(launches=1, fp32_matmul_flops=flops)
+    return Work(launches=1, matmul_flops=flops)
 
 
 def _attention_work(

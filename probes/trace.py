@@ -32,6 +32,7 @@ from lora_advisor.probes.finetune import (
     padding_tokenizer,
 )
 from lora_advisor.probes.preference import as_trained
+from lora_advisor.probes.saved_hooks import counted_hooks
 from lora_advisor.probes.weights import fill, loaded_bytes, skeleton, weights_dtype
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ def _trace(
         trainer.get_train_dataloader = functools.partial(_FakeLoader, batches)
         _mark_backward(trainer, recorder)
         _mark_layers(trainer, recorder)
-        trainer.train()
+        with counted_hooks(recorder.note_hook):
+            trainer.train()
         traced = recorder.result(trainer, loaded)
         recorder.closed = True
         return traced
@@ -386,16 +388,25 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
     def _issued(self, func: Any, work: Work) -> Work:
         """Put launches down to who issues them.
 
-        In the backward pass that is the engine, unless a checkpointed layer runs anew: its Python
-        code has gradients enabled, the engine has not.
+        In the backward pass that is the engine, unless a checkpointed layer runs anew (its Python
+        code has gradients enabled, the engine has not) or a function's own `backward` runs.
         """
         import torch
 
         from lora_advisor.probes.kernel_costs import issued
 
-        by_engine = self.phase == "backward" and not torch.is_grad_enabled()
+        node = torch._C._current_autograd_node()
+        written_in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
+        by_engine = (
+            self.phase == "backward" and not torch.is_grad_enabled() and not written_in_python
+        )
         name = func.name() if hasattr(func, "name") else str(func)
         return issued(work, name, by_engine=by_engine)
+
+    def note_hook(self) -> None:
+        """Note that a hook of what is saved for the backward pass runs for a tensor."""
+        done = self.work.setdefault((self.phase, self.layer), Work())
+        self.work[self.phase, self.layer] = done + Work(hooks=1)
 
     def allocate(self, size: int) -> tuple[int, int]:
         """Note an allocation that has no tensor and return its handle."""

@@ -85,8 +85,8 @@ def test_half_of_the_steps_tell_the_other_half(steps: list[Observation], half: i
     errors = [error(model, o) for o in others]
 
     assert model.probes == len(steps[half::2])
-    assert statistics.median(errors) <= 0.07
-    assert max(errors) <= 0.33
+    assert statistics.median(errors) <= 0.065
+    assert max(errors) <= 0.20
     assert statistics.median(errors) <= statistics.median(error(roofline, o) for o in others) / 2
     intervals = [time_of(model, o).interval for o in others]
     within = [i.low <= o.step_s <= i.high for i, o in zip(intervals, others, strict=True)]
@@ -96,7 +96,7 @@ def test_half_of_the_steps_tell_the_other_half(steps: list[Observation], half: i
 # A device whose truth is known -------------------------------------------------------------------
 
 #: Seconds a launch by Python and by the engine, and of a micro-batch; FLOP/s and bytes a second.
-LAUNCH_S, ENGINE_S, BATCH_S = 4e-5, 1e-5, 0.03
+LAUNCH_S, ENGINE_S, BATCH_S = 4e-5, 2.5e-5, 0.03
 PRODUCTS, ATTENTION, BANDWIDTH = 100e12, 60e12, 0.7e12
 
 
@@ -108,7 +108,8 @@ def made_up(config: RunConfig, work: Work, stray: float = 0.0) -> Observation:
         + work.attention_flops / ATTENTION
         + work.bytes_moved / BANDWIDTH
     )
-    return Observation(config=config, work=work, step_s=math.hypot(host, device) * math.exp(stray))
+    both = (host**4 + device**4) ** 0.25  # most of the shorter is hidden behind the longer
+    return Observation(config=config, work=work, step_s=both * math.exp(stray))
 
 
 def work_of(n: int, *, device: float) -> Work:
@@ -268,8 +269,8 @@ def test_a_step_of_many_small_kernels_takes_what_the_host_takes() -> None:
     assert model.time(configure(), little.times(1)).value == time.value
     more_to_compute = Work(launches=10_000, matmul_flops=1e11, bytes_moved=1e8)
     assert model.time(configure(), more_to_compute).value == pytest.approx(time.value, rel=0.01)
-    # A usual host: 0.33 s for 10 thousand launches by Python in TRL, less by others.
-    assert time.value == pytest.approx(1.4 * (0.0072 + 10_000 * 2.304e-5), rel=0.05)
+    # A usual host: 0.2 s for 10 thousand launches by Python.
+    assert time.value == pytest.approx(0.016 + 10_000 * 2.0e-5, rel=0.05)
 
 
 def test_who_launches_decides_what_the_host_pays() -> None:
@@ -280,8 +281,10 @@ def test_who_launches_decides_what_the_host_pays() -> None:
 
     by_engine, compiled = seconds(engine_launches=1e4), seconds(compiled_launches=1e4)
     by_python, custom = seconds(launches=1e4), seconds(custom_launches=1e4)
+    called, hooks = seconds(compiled_custom_launches=1e4), seconds(hooks=1e4)
 
-    assert by_engine < compiled < by_python < custom
+    assert by_engine < compiled < by_python < called < custom
+    assert seconds() < hooks < by_python
 
 
 def test_each_micro_batch_costs_the_host_its_share() -> None:

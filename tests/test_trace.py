@@ -416,3 +416,41 @@ def test_launches_are_put_down_to_who_issues_them() -> None:
     assert compiled.compiled_launches > 0 == compiled.custom_launches
     assert compiled.launches < plain.launches / 2
     assert compiled.bytes_moved < plain.bytes_moved
+
+
+def test_a_functions_own_backward_is_python() -> None:
+    peft, fused = work_of(), work_of(adapter="fused")
+    adapted = 7 * (WIDE.num_layers or 0)
+
+    # peft's casts, sums and products are ten launches of the engine or more, each.
+    assert peft.engine_launches - fused.engine_launches >= 10 * adapted
+    assert fused.launches + fused.engine_launches < peft.launches + peft.engine_launches
+
+
+def test_a_compiled_program_calls_what_it_cannot_compile() -> None:
+    layers, products = WIDE.num_layers or 0, 7
+    work = work_of(method="qlora", compile="layers", adapter="fused")
+
+    # Dequantised forward and backward: the scales, then the weight. The first layer's input needs
+    # no gradient, so three products spare it there.
+    assert work.custom_launches == 0
+    assert work.compiled_custom_launches == 2 * (2 * layers * products - 3)
+    assert work_of(method="lora", compile="layers").compiled_custom_launches == 0
+
+
+def test_checkpointing_costs_hooks() -> None:
+    full, every_2 = work_of(checkpointing="full").hooks, work_of(checkpointing="every_2").hooks
+
+    assert work_of().hooks == 0
+    assert full > every_2 > 0
+    assert full % WIDE.num_layers == 0  # type: ignore[operator] # the same in each layer
+
+
+def test_sums_in_32_bits_of_16_bit_products_are_16_bit_products() -> None:
+    full, fused = work_of(), work_of(trainer="trl", loss="fused")
+    row = 2.0 * 512 * WIDE.hf_config["vocab_size"]
+
+    # The fused loss multiplies by the head once more, for it does not keep the logits; and it
+    # leaves out the last token of each row, which has nothing to predict.
+    assert fused.matmul_flops == full.matmul_flops + row * 2 * (3 * 511 - 2 * 512)
+    assert fused.fp32_matmul_flops == 0
