@@ -33,9 +33,17 @@ def nothing_fits(
     everything.sort(key=lambda c: c.prediction.memory.process_upper_bytes)
     least = everything[0]
     memory = least.prediction.memory
+    needs = (
+        f"the smallest configuration ({describe(least.config)}) needs "
+        f"{memory.process_bytes / GIB:.2f} GiB, at most {memory.process_upper_bytes / GIB:.2f}"
+    )
+    if session.probe is None and least.prediction.verdict == "uncertain":
+        return (
+            f"nothing is sure to fit {limit:g} GiB: {needs} as traced, and only a run on the card "
+            "can tell; plan there, or leave more knobs (--compile, --allocator) to the search."
+        )
     return (
-        f"nothing fits {limit:g} GiB: the smallest configuration ({describe(least.config)}) needs "
-        f"{memory.process_bytes / GIB:.2f} GiB, at most {memory.process_upper_bytes / GIB:.2f}; "
+        f"nothing fits {limit:g} GiB: {needs}; "
         "take a smaller model, a shorter --seq, or more --vram."
     )
 

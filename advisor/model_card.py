@@ -19,7 +19,7 @@ from lora_advisor.advisor.cuts_text import cuts_text
 from lora_advisor.advisor.markdown import fenced, plain, table
 from lora_advisor.advisor.outcome import TrainingResult
 from lora_advisor.advisor.report_training import figures, preference_rows
-from lora_advisor.advisor.samples import Sample
+from lora_advisor.advisor.samples import NO_BASE, Sample
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -227,8 +227,7 @@ def samples_text(samples: Sequence[Sample]) -> str:
             ("Base", sample.base),
             ("Tuned", sample.tuned),
         ):
-            known = "unknown: the base is no longer there after full fine-tuning"
-            parts.append(f"{title}: {known}" if text is None else f"{title}:\n\n{fenced(text)}")
+            parts.append(f"{title}: {NO_BASE}" if text is None else f"{title}:\n\n{fenced(text)}")
     return "\n\n".join(parts)
 
 

@@ -18,22 +18,30 @@ from lora_advisor.advisor.page_run import (
     run_facts,
     status_text,
 )
+from lora_advisor.advisor.page_samples import samples_section
 from lora_advisor.advisor.page_source import Run, Source
 from lora_advisor.advisor.page_speed import foretold_section, tradeoff_section
 from lora_advisor.advisor.page_tables import (
     candidates_table,
     config_table,
     data_table,
+    long_words,
     measured_table,
+    prices_table,
     provenance_table,
+    rentals_table,
+    savings_table,
+    scaling_table,
     trail_table,
     training_table,
     versions_table,
 )
 from lora_advisor.advisor.page_training import curves_section
-from lora_advisor.advisor.page_words import Table
+from lora_advisor.advisor.page_words import Table, sentence
 from lora_advisor.advisor.report import KNOWN, gib
 from lora_advisor.advisor.report_data import lengths_text
+from lora_advisor.advisor.report_savings import NO_RENTAL, OTHER_PRICES, RENTING
+from lora_advisor.advisor.report_scaling import launcher
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.plan import Plan
 
@@ -128,7 +136,9 @@ def command_of(source: Source) -> str:
 
     data = None if source.plan is None else source.plan.spec.data
     named = "" if data is not None else " --data YOUR_DATA"
-    return f"lora-advisor train {shlex.quote(source.name)}{named} --output runs/first"
+    scaling = None if source.plan is None else source.plan.scaling
+    program = "lora-advisor" if scaling is None else launcher(scaling.gpus)
+    return f"{program} train {shlex.quote(source.name)}{named} --output runs/first"
 
 
 def _training(source: Source, run: Run) -> list[Element]:
@@ -144,7 +154,7 @@ def _training(source: Source, run: Run) -> list[Element]:
     if events:
         told = Table(headers=("after step", "event", ""), rows=tuple(events), numbers=(0,))
         found += [tag("h3", "What happened"), _table(told)]
-    return found
+    return found + samples_section(run.samples)
 
 
 def _plan(source: Source, plan: Plan, drawn: FitMap | None, no_map: str | None) -> list[Element]:
@@ -152,6 +162,7 @@ def _plan(source: Source, plan: Plan, drawn: FitMap | None, no_map: str | None) 
     if source.run is not None:
         found += [tag("h2", "The plan"), tag("p", KNOWN[plan.chosen.evidence], class_="under"),
                   _facts(plan_facts(plan))]  # fmt: skip
+    found += _scaling(plan)
     found += [tag("h2", "Memory"), *memory_section(plan)]
     found += [tag("h2", "What fits")]
     if drawn is None:
@@ -167,7 +178,34 @@ def _plan(source: Source, plan: Plan, drawn: FitMap | None, no_map: str | None) 
               tag("h3", "The plan itself"), _table(measured_table(plan))]  # fmt: skip
     if source.trail:
         found += [tag("h2", "What was probed, in order"), _table(trail_table(source.trail))]
-    return found + _data(plan)
+    return found + _data(plan) + _shorter(plan)
+
+
+def _scaling(plan: Plan) -> list[Element]:
+    """Return what several cards come to together; nothing for one card."""
+    told = scaling_table(plan)
+    if plan.scaling is None or told is None:
+        return []
+    words = (
+        "Predicted, not measured: probes run on one card. Fit, memory and tokens/s of the plan "
+        "elsewhere on this page are those of one card's share of a step."
+    )
+    return [tag("h2", f"On {plan.scaling.gpus} such cards"), tag("p", words), _pairs(told)]
+
+
+def _shorter(plan: Plan) -> list[Element]:
+    """Return what would make a long training shorter, and what renting costs."""
+    changes, rented = savings_table(plan), rentals_table(plan)
+    if changes is None and rented is None:
+        return []
+    found = [tag("h2", "What would make the training shorter")]
+    if changes is not None:
+        found += [tag("p", long_words(plan)), _table(changes)]
+    if rented is None:
+        return [*found, tag("p", sentence(NO_RENTAL))]
+    found += [tag("h3", "On a rented card"), tag("p", sentence(RENTING)), _table(rented)]
+    return [*found, tag("h3", "Where the prices are from"), _table(prices_table(plan)),
+            tag("p", f"{OTHER_PRICES}.")]  # fmt: skip
 
 
 def _data(plan: Plan) -> list[Element]:

@@ -10,19 +10,26 @@ from lora_advisor.advisor.page_map import largest_table
 from lora_advisor.advisor.page_memory import STAGES, parts_of
 from lora_advisor.advisor.page_numbers import Fact, plan_facts
 from lora_advisor.advisor.page_run import events_rows, notes_of, run_facts, status_text
-from lora_advisor.advisor.page_source import Source
+from lora_advisor.advisor.page_samples import SAID, samples_table, unknown
+from lora_advisor.advisor.page_source import Run, Source
 from lora_advisor.advisor.page_tables import (
     candidates_table,
     config_table,
     data_table,
+    long_words,
     measured_table,
+    prices_table,
     provenance_table,
+    rentals_table,
+    savings_table,
+    scaling_table,
     trail_table,
     training_table,
     versions_table,
 )
-from lora_advisor.advisor.page_words import Table
+from lora_advisor.advisor.page_words import Table, sentence
 from lora_advisor.advisor.report import KNOWN
+from lora_advisor.advisor.report_savings import NO_RENTAL, RENTING
 from lora_advisor.probes.machine import GIB
 from lora_advisor.probes.plan import Plan
 
@@ -46,6 +53,7 @@ def report_markdown(source: Source, drawn: FitMap | None) -> str:
         if events:
             happened = Table(headers=("after step", "event", ""), rows=tuple(events))
             parts += _titled("What happened", happened)
+        parts += _samples(run)
     if plan is not None:
         parts += _plan(source, plan, drawn)
     if config is not None:
@@ -57,6 +65,9 @@ def report_markdown(source: Source, drawn: FitMap | None) -> str:
 
 def _plan(source: Source, plan: Plan, drawn: FitMap | None) -> list[str]:
     parts = [] if source.run is None else ["### The plan", _facts(plan_facts(plan))]
+    if plan.scaling is not None:
+        name = f"On {plan.scaling.gpus} such cards (predicted; all else is one card's share)"
+        parts += _titled(name, scaling_table(plan))
     parts += _titled("Predicted and measured", measured_table(plan))
     if plan.runners_up:
         parts += _titled("Runners-up", candidates_table(plan.runners_up, "configuration"))
@@ -65,6 +76,7 @@ def _plan(source: Source, plan: Plan, drawn: FitMap | None) -> list[str]:
     data = data_table(plan)
     if data is not None:
         parts += _titled("The data", data)
+    parts += _shorter(plan)
     if source.trail:
         parts += _folded("What was probed, in order", trail_table(source.trail))
     memory = memory_table(plan)
@@ -72,6 +84,28 @@ def _plan(source: Source, plan: Plan, drawn: FitMap | None) -> list[str]:
         parts += _folded("Memory at the peak, predicted", memory)
     if drawn is not None:
         parts += _folded("The largest micro-batch of each length (traced)", largest_table(drawn))
+    return parts
+
+
+def _samples(run: Run) -> list[str]:
+    """Return what the models say, in short; nothing where nothing was asked."""
+    if isinstance(run.samples, str):
+        return [f"### {SAID}", plain(unknown(run.samples))]
+    return _folded(SAID, samples_table(run.samples)) if run.samples else []
+
+
+def _shorter(plan: Plan) -> list[str]:
+    """Return what would make a long training shorter, and what renting costs."""
+    changes, rented = savings_table(plan), rentals_table(plan)
+    parts = []
+    if changes is not None:
+        parts += ["### What would make the training shorter", plain(long_words(plan))]
+        parts.append(_table(changes))
+    if rented is not None:
+        parts += ["### On a rented card", plain(sentence(RENTING)), _table(rented)]
+        parts += _folded("Where the prices are from", prices_table(plan))
+    elif changes is not None:
+        parts.append(plain(sentence(NO_RENTAL)))
     return parts
 
 

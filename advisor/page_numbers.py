@@ -149,11 +149,24 @@ def time_fact(plan: Plan) -> Fact | None:
                 known="probed" if evidence == "proved" else evidence)  # fmt: skip
 
 
+def scaling_fact(plan: Plan) -> Fact | None:
+    """Say how fast several cards are together; None for one card, or where that is not known."""
+    scaling, evidence = plan.scaling, plan.chosen.evidence
+    if scaling is None or scaling.tokens_per_s is None:
+        return None
+    speed = scaling.tokens_per_s
+    # However one card's speed is known, that of all is predicted.
+    known = "probed" if evidence == "proved" else evidence
+    return Fact(name=f"Tokens/s of {scaling.gpus} cards", value=f"{speed.value:,.0f}",
+                note=range_text(speed), known=known)  # fmt: skip
+
+
 def plan_facts(plan: Plan) -> list[Fact]:
     """Return the answer of a plan in figures."""
     chosen = plan.chosen
-    facts = [fits_fact(plan), speed_fact(chosen), memory_fact(chosen)]
-    return facts + [fact for fact in (baseline_fact(plan), time_fact(plan)) if fact is not None]
+    facts = [fits_fact(plan), speed_fact(chosen), scaling_fact(plan), memory_fact(chosen),
+             baseline_fact(plan), time_fact(plan)]  # fmt: skip
+    return [fact for fact in facts if fact is not None]
 
 
 def points_of(source: Source) -> list[Point]:

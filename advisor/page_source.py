@@ -12,7 +12,9 @@ from typing import Any
 
 from lora_advisor.advisor.journal import JOURNAL
 from lora_advisor.advisor.outcome import Progress, TrainingResult
+from lora_advisor.advisor.result_files import SAMPLES, read_samples
 from lora_advisor.advisor.run_folder import PLAN, RESULT, STATE, read_json
+from lora_advisor.advisor.samples import Sample
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import DataError, MissingInputError, UsageError
 from lora_advisor.probes.machine import Stack
@@ -33,6 +35,8 @@ class Run:
         events: What happened: the step it happened after, what kind, and the sentence.
         eval_loss_before: Loss of the hold-out under the base model; None if not known.
         result: What it came to; None where the training has not ended.
+        samples: What base and tuned model say, none of a training that has not ended; or why that
+            is unknown.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Run:
     events: tuple[tuple[int, str, str], ...]
     eval_loss_before: float | None
     result: TrainingResult | None
+    samples: tuple[Sample, ...] | str = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +127,8 @@ def _run(
         events=events,
         eval_loss_before=state.get("eval_loss_before"),
         result=None if result is None else TrainingResult.from_json(result),
+        # Without a result they would be those of an earlier training in the same folder.
+        samples=read_samples(path) if result is not None and (path / SAMPLES).exists() else (),
     )
 
 

@@ -9,9 +9,18 @@ from lora_advisor.advisor.arms import describe
 from lora_advisor.advisor.page_numbers import range_text
 from lora_advisor.advisor.page_source import Run, Source
 from lora_advisor.advisor.page_speed import expected_known
-from lora_advisor.advisor.page_words import Table
+from lora_advisor.advisor.page_words import Table, sentence
 from lora_advisor.advisor.report import config_rows, duration, gib
 from lora_advisor.advisor.report_data import batching_rows
+from lora_advisor.advisor.report_savings import (
+    RENTAL_HEADERS,
+    SAVINGS_HEADERS,
+    how_long,
+    price_rows,
+    rental_rows,
+    savings_rows,
+)
+from lora_advisor.advisor.report_scaling import scaling_rows
 from lora_advisor.advisor.report_training import figures
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.machine import GIB, Stack
@@ -116,6 +125,35 @@ def data_table(plan: Plan) -> Table | None:
     headers = ("batches", "tokens/s without padding", "padding", "steps", "one epoch")
     rows = tuple(tuple(row) for row in batching_rows(plan))
     return Table(headers=headers, rows=rows, numbers=(2, 3))
+
+
+def savings_table(plan: Plan) -> Table | None:
+    """Return what would make a long training shorter; None for nothing."""
+    rows = tuple(savings_rows(plan))
+    return Table(headers=SAVINGS_HEADERS, rows=rows, whole=0) if rows else None
+
+
+def long_words(plan: Plan) -> str:
+    """Say that the training is long, and how it is known what would change that."""
+    known = "predicted, not measured"
+    return sentence(f"{how_long(plan)}; below, what each change alone would make of that ({known})")
+
+
+def rentals_table(plan: Plan) -> Table | None:
+    """Return what the training would take and cost on rented cards; None for none."""
+    rows = tuple(rental_rows(plan))
+    return Table(headers=RENTAL_HEADERS, rows=rows, numbers=(4,), whole=0) if rows else None
+
+
+def prices_table(plan: Plan) -> Table:
+    """Return where the prices of rented cards are from."""
+    return Table(headers=("card", "as of", "source"), rows=tuple(price_rows(plan)), whole=0)
+
+
+def scaling_table(plan: Plan) -> Table | None:
+    """Return what several cards come to together; None for one card."""
+    rows = tuple(scaling_rows(plan))
+    return Table(headers=(), rows=rows) if rows else None
 
 
 def training_table(run: Run) -> Table | None:

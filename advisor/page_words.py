@@ -20,3 +20,8 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     numbers: tuple[int, ...] = ()
     whole: int | None = None
+
+
+def sentence(words: str) -> str:
+    """Return words that stood in a line as a sentence of their own."""
+    return f"{words[:1].upper()}{words[1:]}."

@@ -11,7 +11,7 @@ from lora_advisor.advisor.report_data import percent
 from lora_advisor.advisor.savings import LONG_PASS_S, LONG_TRAINING_S, steps_with
 from lora_advisor.probes.plan import Plan
 from lora_advisor.probes.prediction import Interval
-from lora_advisor.probes.saving import Rental, Saving
+from lora_advisor.probes.saving import Saving
 
 
 def data_lines(plan: Plan) -> list[str]:
@@ -48,19 +48,29 @@ def savings_text(plan: Plan) -> str | None:
     """Write what would make a long training shorter, and what larger cards cost; None for less."""
     parts = []
     if plan.savings:
-        parts += [f"{_how_long(plan)}; what would make it shorter:", _savings_table(plan)]
+        parts += [f"{how_long(plan)}; what would make it shorter:",
+                  _set(savings_rows(plan), SAVINGS_HEADERS)]  # fmt: skip
     if plan.rentals:
-        parts += [_RENTING, _rentals_table(plan.rentals), _prices(plan.rentals)]
+        parts += [f"on a rented card, {RENTING}:", _set(rental_rows(plan), RENTAL_HEADERS),
+                  _prices(plan)]  # fmt: skip
     elif plan.savings:
-        parts.append("no card of the price list is larger than this one and expected to be faster")
+        parts.append(NO_RENTAL)
     return "\n\n".join(parts) or None
 
 
-_RENTING = (
-    "on a rented card, predicted from a trace of the step there, not measured (setting up and "
-    "evaluating not counted):"
-)
+def _set(rows: list[tuple[str, ...]], headers: tuple[str, ...]) -> str:
+    return tabulate(rows, headers=headers, disable_numparse=True)
 
+
+#: Columns of `savings_rows` and of `rental_rows`.
+SAVINGS_HEADERS = ("with", "the training takes", "", "and in return")
+RENTAL_HEADERS = ("card", "what runs there", "the training takes", "and costs", "an hour")
+#: How the figures of rented cards are known, why there are none, and what else can be asked.
+RENTING = (
+    "predicted from a trace of the step there, not measured (setting up and evaluating not counted)"
+)
+NO_RENTAL = "no card of the price list is larger than this one and expected to be faster"
+OTHER_PRICES = "--prices FILE takes yours; --gpu NAME plans for a card itself and may find better"
 
 #: What comes with another way to make micro-batches.
 _BATCHINGS = {
@@ -69,26 +79,28 @@ _BATCHINGS = {
 }
 
 
-def _how_long(plan: Plan) -> str:
+def how_long(plan: Plan) -> str:
+    """Say why the training counts as long."""
     if (plan.epoch_s or 0.0) > LONG_PASS_S:
         return f"an epoch takes more than {duration(LONG_PASS_S)}"
     return f"all epochs take more than {duration(LONG_TRAINING_S)}"
 
 
-def _savings_table(plan: Plan) -> str:
+def savings_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Return a row of words for each change that would make the training shorter."""
+    if not plan.savings:
+        return []
     assert plan.batching is not None and plan.batching.seconds is not None
     now = plan.batching.seconds.value * plan.spec.epochs
-    rows = [
-        [
+    return [
+        (
             saving.option,
             time_text(saving.seconds),
             _less(saving.seconds.value / now),
             _price_of(saving, plan),
-        ]
+        )
         for saving in plan.savings
     ]
-    headers = ["with", "the training takes", "", "and in return"]
-    return tabulate(rows, headers=headers, disable_numparse=True)
 
 
 def _less(share: float) -> str:
@@ -114,31 +126,29 @@ def _price_of(saving: Saving, plan: Plan) -> str:
     return ", ".join(parts) or "nothing: no row is longer"
 
 
-def _rentals_table(rentals: tuple[Rental, ...]) -> str:
-    rows = [
-        [
+def rental_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Return a row of words for each card for rent."""
+    return [
+        (
             rental.card,
             describe(rental.config),
             time_text(rental.seconds),
             _usd(rental.usd),
             f"${rental.usd_per_hour:.2f}",
-        ]
-        for rental in rentals
+        )
+        for rental in plan.rentals
     ]
-    headers = ["card", "what runs there", "the training takes", "and costs", "an hour"]
-    return tabulate(rows, headers=headers, disable_numparse=True)
 
 
 def _usd(usd: Interval) -> str:
     return f"${usd.value:,.2f} (${usd.low:,.2f} to ${usd.high:,.2f})"
 
 
-def _prices(rentals: tuple[Rental, ...]) -> str:
-    dated = [f"{rental.card} as of {rental.date}: {rental.source}" for rental in rentals]
-    return "\n".join(
-        [
-            "where the prices are from (--prices FILE takes yours; --gpu NAME plans for a card "
-            "itself and may find better):",
-            *dated,
-        ]
-    )
+def price_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Return of each card for rent when its price was what it is, and who said so."""
+    return [(rental.card, rental.date, rental.source) for rental in plan.rentals]
+
+
+def _prices(plan: Plan) -> str:
+    dated = [f"{card} as of {date}: {source}" for card, date, source in price_rows(plan)]
+    return "\n".join([f"where the prices are from ({OTHER_PRICES}):", *dated])

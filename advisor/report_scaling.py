@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from lora_advisor.advisor.report import interval_text
 from lora_advisor.probes.machine import GIB
 from lora_advisor.probes.plan import Plan
 from lora_advisor.probes.prediction import Interval
+from lora_advisor.probes.scaling import Scaling
+
+_WAITING = "rows of differing length make the cards wait for each other"
 
 
 def scaling_text(plan: Plan) -> str | None:
@@ -12,36 +16,82 @@ def scaling_text(plan: Plan) -> str | None:
     scaling = plan.scaling
     if scaling is None:
         return None
-    config, gpus = plan.chosen.config, scaling.gpus
     lines = [
-        f"on {gpus} such cards (what stands above is one card's share of a step):",
-        f"  each runs {config.micro_batch} x {config.accumulation} accumulation: "
-        f"{plan.spec.effective_batch} in a step of all",
+        f"on {scaling.gpus} such cards (what stands above is one card's share of a step):",
+        f"  each runs {_share(plan)}",
     ]
-    speed, efficiency, extra = scaling.tokens_per_s, scaling.efficiency, scaling.all_reduce_s
-    if speed is None or extra is None:
-        why = "the link between the cards" if scaling.link is None else "the speed of one card"
-        lines.append(f"  tokens/s unknown: {why} is not known")
+    if scaling.tokens_per_s is None or scaling.all_reduce_s is None:
+        lines.append(f"  tokens/s unknown: {_why_unknown(scaling)}")
     else:
         lines.append(
-            f"  predicted {speed.value:,.0f} tokens/s ({speed.low:,.0f} to {speed.high:,.0f})"
-            + ("" if efficiency is None else f", scaling efficiency {_percent(efficiency)}")
-        )
-        lines.append(
-            f"  a step's gradients, {scaling.gradient_bytes / 1e6:,.0f} MB of each card over "
-            f"{scaling.link}, take {extra.value * 1e3:,.1f} ms ({extra.low * 1e3:,.1f} to "
-            f"{extra.high * 1e3:,.1f}) of {1e3 * scaling.step_s.value:,.0f} ms"
-            if scaling.step_s is not None
-            else ""
-        )
-        lines.append("  rows of differing length make the cards wait for each other: not counted")
+            f"  predicted {interval_text(scaling.tokens_per_s)}"
+            + ("" if scaling.efficiency is None
+               else f", scaling efficiency {_percent(scaling.efficiency)}")
+        )  # fmt: skip
+        if scaling.step_s is not None:
+            time = _time(scaling.all_reduce_s, scaling.step_s)
+            lines.append(f"  a step's gradients, {_gradients(scaling)}, take {time}")
+        lines.append(f"  {_WAITING}: not counted")
     lines += [
-        f"  {scaling.set_aside_bytes / GIB:.2f} GiB of each card are left to DDP's buckets and "
-        "NCCL",
-        f"  start: accelerate launch --multi_gpu --num_processes {gpus} -m lora_advisor.cli train "
-        "PLAN ...",
+        f"  {_set_aside(scaling)} are left to DDP's buckets and NCCL",
+        f"  start: {launcher(scaling.gpus)} train PLAN ...",
     ]
-    return "\n".join(line for line in lines if line)
+    return "\n".join(lines)
+
+
+def scaling_rows(plan: Plan) -> list[tuple[str, str]]:
+    """Return the same as pairs of a name and its words; nothing for one card."""
+    scaling = plan.scaling
+    if scaling is None:
+        return []
+    rows = [("each card runs", _share(plan))]
+    name = "all cards, padding included"
+    if scaling.tokens_per_s is None or scaling.all_reduce_s is None:
+        rows.append((name, f"unknown: {_why_unknown(scaling)}"))
+    else:
+        rows.append((name, interval_text(scaling.tokens_per_s)))
+        if scaling.efficiency is not None:
+            rows.append(("scaling efficiency", _percent(scaling.efficiency)))
+        rows.append(("a step's gradients", _gradients(scaling)))
+        if scaling.step_s is not None:
+            rows.append(("their time", _time(scaling.all_reduce_s, scaling.step_s)))
+        rows.append(("not counted", _WAITING))
+    return [
+        *rows,
+        ("left to DDP and NCCL", _set_aside(scaling)),
+        ("start", f"{launcher(scaling.gpus)} train PLAN ..."),
+    ]
+
+
+def launcher(gpus: int) -> str:
+    """Return what stands for `lora-advisor` in a command that trains on several cards."""
+    return f"accelerate launch --multi_gpu --num_processes {gpus} -m lora_advisor.cli"
+
+
+def _share(plan: Plan) -> str:
+    config = plan.chosen.config
+    return (
+        f"{config.micro_batch} x {config.accumulation} accumulation: "
+        f"{plan.spec.effective_batch} in a step of all"
+    )
+
+
+def _why_unknown(scaling: Scaling) -> str:
+    why = "the link between the cards" if scaling.link is None else "the speed of one card"
+    return f"{why} is not known"
+
+
+def _gradients(scaling: Scaling) -> str:
+    return f"{scaling.gradient_bytes / 1e6:,.0f} MB of each card over {scaling.link}"
+
+
+def _time(all_reduce_s: Interval, step_s: Interval) -> str:
+    low, value, high = (1e3 * s for s in (all_reduce_s.low, all_reduce_s.value, all_reduce_s.high))
+    return f"{value:,.1f} ms ({low:,.1f} to {high:,.1f}) of {1e3 * step_s.value:,.0f} ms"
+
+
+def _set_aside(scaling: Scaling) -> str:
+    return f"{scaling.set_aside_bytes / GIB:.2f} GiB of each card"
 
 
 def _percent(share: Interval) -> str:

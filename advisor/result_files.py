@@ -70,12 +70,12 @@ def write_card(
         OutputError: The picture cannot be.
     """
     draw_loss(result, result.adapter / PICTURE)
-    card = model_card(result, _samples(folder), picture=PICTURE, settings=settings)
+    card = model_card(result, read_samples(folder), picture=PICTURE, settings=settings)
     _write(result.adapter / CARD, card.content)
 
 
-def _samples(folder: Path) -> tuple[Sample, ...] | str:
-    """Return the samples, or why there are none."""
+def read_samples(folder: Path) -> tuple[Sample, ...] | str:
+    """Return the samples of a run's folder, or why there are none."""
     try:
         data = json.loads((folder / SAMPLES).read_text("utf-8"))
     except (OSError, ValueError):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Prompts, tokens of an answer, and tokens of a prompt at most: seconds of work on any card.
 COUNT, ANSWER_TOKENS, PROMPT_TOKENS = 3, 64, 512
+#: What is said in place of the base's answer where it is None.
+NO_BASE = "unknown: the base is no longer there after full fine-tuning"
 #: Tokens of a text without a question that are taken as its beginning.
 _BEGINNING = 32
 

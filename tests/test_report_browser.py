@@ -13,6 +13,7 @@ import pytest
 from lora_advisor.advisor.outcome import Progress
 from lora_advisor.advisor.page import page
 from lora_advisor.advisor.page_source import Run, Source, read_source
+from lora_advisor.advisor.samples import Sample
 from lora_advisor.probes.plan import read_plan
 
 pytestmark = pytest.mark.skipif(
@@ -57,6 +58,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Run(
         name=HOSTILE, config=plan.chosen.config, device="cuda", stack=plan.stack, points=points,
         events=((3, "recovery", HOSTILE),), eval_loss_before=3.5, result=None,
+        samples=(Sample(prompt=HOSTILE, reference=HOSTILE, base=HOSTILE * 30, tuned="x" * 600),),
     )  # fmt: skip
     source = Source(name=HOSTILE, plan=plan, run=run, trail=read_source(H100).trail)
     path = tmp_path_factory.mktemp("page") / 'a "quoted" page.html'

@@ -8,13 +8,13 @@ import math
 import shutil
 import struct
 from collections.abc import Callable, Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_model
 from made_up_device import Device, plan_with
+from parsed_page import Parsed
 from tiny_training import config_of, run
 from traced_once import save_figures, share_traces
 
@@ -44,26 +44,6 @@ H100 = REGRET / "plan-qwen2.5-1.5b-1024-peft.json"
 HOSTILE = """<script>alert("x")</script> & 'a' | <b>`bold`</b> \x1b[31m"""
 
 Say = Callable[..., tuple[int, str, str]]
-
-
-class Parsed(HTMLParser):
-    """The tags of a page with their attributes, and its text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def of_class(self, name: str) -> list[dict[str, str | None]]:
-        return [a for _, a in self.tags if name in (a.get("class") or "").split()]
 
 
 @pytest.fixture(autouse=True)

@@ -236,6 +236,17 @@ def test_where_nothing_fits_the_smallest_need_is_named(spec: Spec, tmp_path: Pat
     assert caught.value.exit_code == 1
 
 
+def test_where_only_a_run_can_tell_nothing_is_said_not_to_fit(spec: Spec, tmp_path: Path) -> None:
+    compiled = {"method": "qlora", "compile": "layers"}  # never bounded by a trace
+    only = dataclasses.replace(spec, gpu="rtx-4060", fixed={**spec.fixed, **compiled})
+
+    with pytest.raises(NothingFitsError) as caught:
+        make_plan(only, record=tmp_path / "record.jsonl")
+
+    assert str(caught.value).startswith("nothing is sure to fit 1 GiB: the smallest configuration")
+    assert "only a run on the card can tell" in str(caught.value)
+
+
 def test_a_plan_for_a_card_that_is_not_here_says_that_it_is_traced(
     spec: Spec, tmp_path: Path
 ) -> None:
