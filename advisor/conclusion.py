@@ -40,7 +40,8 @@ def nothing_fits(
     if session.probe is None and least.prediction.verdict == "uncertain":
         return (
             f"nothing is sure to fit {limit:g} GiB: {needs} as traced, and only a run on the card "
-            "can tell; plan there, or leave more knobs (--compile, --allocator) to the search."
+            "can tell; plan there, leave more knobs (--compile, --allocator) to the search, or "
+            "take a smaller model, a shorter --seq, or more --vram."
         )
     return (
         f"nothing fits {limit:g} GiB: {needs}; "

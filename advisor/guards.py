@@ -143,9 +143,9 @@ def _spike(losses: Sequence[float], index: int, start: float | None) -> Stop | N
     baseline, mean = statistics.median(before), statistics.fmean(losses[first : index + 1])
     if not mean > baseline + SPIKE_NATS:
         return None
-    onset = first
-    while onset > max(0, first - ONSET_STEPS) and losses[onset - 1] > baseline + SPIKE_NATS / 2:
-        onset -= 1
+    # A climb may dip on its way: the first step that stood out counts, not the last in a row.
+    climb = range(max(0, first - ONSET_STEPS), first)
+    onset = next((step for step in climb if losses[step] > baseline + SPIKE_NATS / 2), first)
     return Stop(
         reason="loss spike",
         step=first + 1,

@@ -214,10 +214,15 @@ def test_a_file_that_is_no_configuration_is_one_sentence(
     refused(run("fit", "--config", file, "--gpu", "rtx-4060"), 64, said)
 
 
-def test_a_budget_that_nothing_fits_in_is_exit_code_1(run: Run, tiny: str) -> None:
-    ran = run("plan", "--model", tiny, *QUICK, "--vram", "0.3", "--reserve", "0", "--json")
+@pytest.mark.parametrize(
+    ("vram", "said"), [("0.25", "nothing fits 0.25 GiB"), ("0.3", "nothing is sure to fit 0.3 GiB")]
+)
+def test_a_budget_that_nothing_fits_in_is_exit_code_1(
+    run: Run, tiny: str, vram: str, said: str
+) -> None:
+    ran = run("plan", "--model", tiny, *QUICK, "--vram", vram, "--reserve", "0", "--json")
 
-    refused(ran, 1, "nothing fits 0.3 GiB", "take a smaller model")
+    refused(ran, 1, said, "take a smaller model, a shorter --seq, or more --vram")
 
 
 @pytest.mark.parametrize(

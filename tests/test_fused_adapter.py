@@ -242,7 +242,9 @@ WIDE = tiny(hidden_size=512, intermediate_size=1024, num_hidden_layers=2)
 def traced(**changes: Any) -> tuple[Work, TracedMemory]:
     config = configure(**{"seq_len": 1024, "micro_batch": 4, **changes})
     trace = trace_step(config, WIDE, capability="9.0")
-    return trace.total_work(), traced_memory(trace, expandable=False, cap_bytes=1 << 60)
+    # Only the layers' work: embeddings, head and loss are the same with either adapter.
+    work = sum((work for (_, layer), work in trace.work.items() if layer >= 0), Work())
+    return work, traced_memory(trace, expandable=False, cap_bytes=1 << 60)
 
 
 @pytest.mark.parametrize("compiled", ["off", "layers"])
@@ -256,4 +258,4 @@ def test_it_moves_fewer_bytes_and_needs_no_more_memory(method: str, compiled: st
     slack = 64 * 1024  # the factors in 16 bits, of one product
     assert less.allocated_bytes <= held.allocated_bytes + slack
     if compiled == "off":
-        assert fused.launches < 0.8 * plain.launches
+        assert fused.kernels < 0.9 * plain.kernels

@@ -245,6 +245,7 @@ def test_where_only_a_run_can_tell_nothing_is_said_not_to_fit(spec: Spec, tmp_pa
 
     assert str(caught.value).startswith("nothing is sure to fit 1 GiB: the smallest configuration")
     assert "only a run on the card can tell" in str(caught.value)
+    assert "take a smaller model, a shorter --seq, or more --vram" in str(caught.value)
 
 
 def test_a_plan_for_a_card_that_is_not_here_says_that_it_is_traced(

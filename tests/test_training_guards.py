@@ -276,6 +276,11 @@ def test_one_step_that_stands_out_is_no_spike_and_three_are() -> None:
     assert stop is not None and (stop.step, stop.good_step) == (16, 14)
     climbed = find_divergence([*calm, 3.5, 3.5, 4.5, 4.5, 4.5], 1, scaled=False)
     assert climbed is not None and (climbed.step, climbed.good_step) == (18, 14)
+    dipped = find_divergence([*calm, 3.5, 2.5, 4.5, 4.5, 4.5], 1, scaled=False)
+    assert dipped is not None and (dipped.step, dipped.good_step) == (18, 14)
+    # What stood out long before is not of this climb.
+    apart = find_divergence([*calm, 7.0, *calm[:6], 4.5, 4.5, 4.5], 1, scaled=False)
+    assert apart is not None and (apart.step, apart.good_step) == (23, 21)
     # Without ten steps before there is no baseline.
     assert find_divergence([*calm[:9], 9.0, 9.0, 9.0], 12, scaled=False) is None
 

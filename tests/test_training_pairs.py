@@ -18,7 +18,7 @@ import pytest
 import tiny_model
 from tiny_training import config_of, run, weights
 
-from lora_advisor.advisor.guards import DivergedError, find_divergence
+from lora_advisor.advisor.guards import SPIKE_NATS, DivergedError, find_divergence
 from lora_advisor.advisor.lengths import epoch_of
 from lora_advisor.advisor.outcome import Predicted
 from lora_advisor.advisor.preference_loss import PairRewards, compare_pairs
@@ -423,7 +423,8 @@ def test_a_dpo_loss_that_leaps_stops_the_training(
     stop, losses = result.stop, dict(result.losses)
     assert stop is not None and stop.reason == "loss spike" and stop.kept_step is not None
     assert result.steps < 30 and losses[result.steps] > 2
-    assert losses[stop.kept_step + 1] < 0.7
+    # What is kept is from before the climb; how steep that is depends on the machine's sums.
+    assert losses[stop.kept_step + 1] < math.log(2) + SPIKE_NATS / 2
     assert weights(result.adapter) == weights(tmp_path / f"checkpoint-{stop.kept_step}")
 
 
