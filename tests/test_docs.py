@@ -97,9 +97,12 @@ def test_the_readme_quotes_the_regret_of_the_recorded_plans() -> None:
     cases = json.loads((ROOT / "benchmarks/results/regret.json").read_text())
 
     for case in cases.values():
-        for part in (case, case["same_call"]):
-            assert f"| {part['feasible']} | {100 * part['regret']:.1f} % |" in README
-            models = part["models"]
-            error = 100 * models["probed"]["median_abs_error"]
-            rank = models["probed"]["spearman"]
-            assert f"{models['held_out']}: {error:.1f} %, {rank:.2f} |" in README
+        models = case["models"]
+        probed, best = (
+            f"{100 * models[name]['median_abs_error']:.1f} %, {models[name]['spearman']:.2f} |"
+            for name in ("probed", "at_best")
+        )
+        within = f" {100 * models['probed']['share_within_interval']:.0f} % | "
+        regret = f"| {case['feasible']} | {100 * case['regret']:.1f} % | "
+        probes = f"| {case['probes']}, {case['probing_s']:.0f} s | {case['choice_tokens_per_s']:,} "
+        assert f"{probes}{regret}{models['held_out']}: {probed}{within}{best}" in README
