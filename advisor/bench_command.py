@@ -200,7 +200,7 @@ def _measure(made: Bench, folder: Path, *, budget_s: float, steps: int) -> Study
 
     try:
         if made.missing:
-            with ForkServer(offline=made.architecture.weights is None) as server:
+            with ForkServer.of(made.architecture) as server:
                 probe = prober(made, folder / RECORD, steps=steps, server=server)
                 for so_far in run_bench(made, probe, budget_s=budget_s, say=_say):
                     made = so_far

@@ -9,11 +9,12 @@ and said to be.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_advisor.advisor import elsewhere
+from lora_advisor.advisor import elsewhere, traces
 from lora_advisor.advisor.arms import short_form
 from lora_advisor.advisor.conclusion import conclude, nothing_fits
 from lora_advisor.advisor.front import front
@@ -23,7 +24,7 @@ from lora_advisor.advisor.savings import with_savings
 from lora_advisor.advisor.scaling import for_all_cards, one_card, set_aside
 from lora_advisor.advisor.search import search
 from lora_advisor.advisor.session import Probe, Say, Session, prober, reuse, run
-from lora_advisor.advisor.space import baseline_config, build_space
+from lora_advisor.advisor.space import baseline_config, build_space, known_attention
 from lora_advisor.advisor.study_file import check_study_file, write_study
 from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
@@ -84,9 +85,9 @@ def make_plan(
     wanted, spec = spec, one_card(spec) if spec.gpus > 1 else spec
     architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
     server = None
-    if spec.device == "cuda":
+    if spec.device == "cuda" or _will_trace(spec, architecture, cache):
         # Its imports go on while the first questions are answered here.
-        server = ForkServer(offline=architecture.weights is None)
+        server = ForkServer.of(architecture)
     session = _open(spec, architecture, say, cache, server)
     session.predictor.store.server = server
     session.prices = None if prices is None else tuple(prices)
@@ -96,7 +97,9 @@ def make_plan(
             check_study_file(study_file, session.machine, session.stack)
         if spec.device != "none":
             check_writable(record)
-            session.probe = probe or prober(session, record, server)
+            session.probe = probe or prober(
+                session, record, server if spec.device == "cuda" else None
+            )
             if not fresh:
                 reuse(session, record, strict=own_record)
         elsewhere.teach(session, imported)
@@ -114,6 +117,13 @@ def make_plan(
         except AdvisorError as error:  # what the plan was probed for is not lost with the study
             say(f"the search's study is not kept: {error}")
     return plan
+
+
+def _will_trace(spec: Spec, architecture: Architecture, cache: Path | None) -> bool:
+    """Whether there is much to trace: of a model that this cache and process know nothing of."""
+    if (os.cpu_count() or 1) < 2 or traces.has_imported() or spec.trust_remote_code:
+        return False
+    return known_attention(architecture, TraceCache(cache)) is None
 
 
 def _open(
@@ -148,17 +158,19 @@ def _open(
 
 def _plan(session: Session, data: DataSummary | None, aside: int) -> tuple[Plan, optuna.Study]:
     session.say("searching the space over the models")
+    beside = _baseline_config(session)
     found = search(
         session.space,
         session.predictor,
         objective=session.spec.objective,
         seed=session.spec.seed,
         free_trials=session.spec.free_trials,
+        beside=[beside],
     )
     session.trials = found.trials
     configs = [candidate.config for candidate in found.feasible]
     longer = _longer(session) if session.spec.longer else ()
-    baseline = _baseline(session)
+    baseline = _baseline(session, beside)
     if session.probe is not None:
         if baseline is not None and _is_as_fixed(session, baseline.config):
             configs.append(baseline.config)
@@ -188,10 +200,13 @@ def _is_as_fixed(session: Session, config: RunConfig) -> bool:
     return all(getattr(config, knob) == value for knob, value in session.spec.fixed.items())
 
 
-def _baseline(session: Session) -> Candidate | None:
-    """Return what the user would run otherwise, probed if there is a device."""
+def _baseline_config(session: Session) -> RunConfig:
     precision = session.space.axes["precision"][0]
-    config = baseline_config(session.spec, precision, cache=session.predictor.store.cache)
+    return baseline_config(session.spec, precision, cache=session.predictor.store.cache)
+
+
+def _baseline(session: Session, config: RunConfig) -> Candidate | None:
+    """Return what the user would run otherwise, probed if there is a device."""
     if session.probe is not None:
         check_budget(session, config)
         run(session, short_form(config), "baseline")

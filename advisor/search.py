@@ -104,6 +104,7 @@ def search(
     objective: str,
     seed: int,
     free_trials: int = 3,
+    beside: Sequence[RunConfig] = (),
     progress: Callable[[int], None] = lambda done: None,
 ) -> SearchResult:
     """Look for the best configurations under the memory bound.
@@ -118,6 +119,7 @@ def search(
         objective: One of `spec.OBJECTIVES`.
         seed: Of Optuna's sampler.
         free_trials: Trials of TPE's own choice.
+        beside: What is asked of later; traced with the first ones, side by side.
         progress: Called with the number of trials so far.
     """
     import optuna
@@ -150,7 +152,8 @@ def search(
         """Run trials on these choices, those of one size after the other."""
         for step in dict.fromkeys(choice[size] for choice in choices):
             level = [choice for choice in choices if choice[size] == step]
-            predictor.prepare(c for c in _legal_ones(space, level) if not seen.settles(c))
+            unsettled = [c for c in _legal_ones(space, level) if not seen.settles(c)]
+            predictor.prepare([*unsettled, *beside])
             for choice in level:
                 study.enqueue_trial(choice)
             study.optimize(run, n_trials=len(level))

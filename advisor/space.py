@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_advisor.advisor.trace_cache import TraceCache, key_of
-from lora_advisor.probes.architectures import attention_of, resolve_architecture
+from lora_advisor.probes.architectures import Architecture, attention_of, resolve_architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import ATTENTIONS, LOSSES, LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
@@ -221,13 +221,21 @@ def _attention(spec: Spec, cache: TraceCache | None) -> str:
     architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
     if cache is None or spec.trust_remote_code:  # whose code may have changed
         return attention_of(architecture)
-    key = key_of(detect_stack(), None, architecture.fingerprint, {"asked": "attention"})
-    known = (cache.get(key) or {}).get("attention")
-    if known in ATTENTIONS:
-        return str(known)
-    found = attention_of(architecture)
-    cache.put(key, {"attention": found})
-    return found
+    known = known_attention(architecture, cache)
+    if known is None:
+        known = attention_of(architecture)
+        cache.put(_attention_key(architecture), {"attention": known})
+    return known
+
+
+def known_attention(architecture: Architecture, cache: TraceCache) -> str | None:
+    """Return a model's attention as the cache has it; None for a model never asked about."""
+    known = (cache.get(_attention_key(architecture)) or {}).get("attention")
+    return str(known) if known in ATTENTIONS else None
+
+
+def _attention_key(architecture: Architecture) -> str:
+    return key_of(detect_stack(), None, architecture.fingerprint, {"asked": "attention"})
 
 
 def _precisions(machine: Machine, card: Card | None) -> tuple[str, ...]:

@@ -148,13 +148,13 @@ class TraceStore:
         cores = os.cpu_count() or 1
         if not missing or cores < 2:
             return
-        imported = _has_imported()  # else what is imported there need not be imported here
+        imported = has_imported()  # else what is imported there need not be imported here
         if len(missing) < 2 and (imported or self.server is None):
             return
         if self.server is None:
             if imported and len(missing) * (1 - 1 / cores) < _WORTH_A_SERVER:
                 return
-            self.server = ForkServer(offline=self.architecture.weights is None)
+            self.server = ForkServer.of(self.architecture)
         batch = Batch(tuple(missing), self.architecture, self.capability)
         for config, made in zip(missing, self.server.trace(batch) or (), strict=False):
             if isinstance(made, Trace):
@@ -247,7 +247,7 @@ class TraceStore:
         return between(self.traces[first], self.traces[last], share=share)
 
 
-def _has_imported() -> bool:
+def has_imported() -> bool:
     """Whether this process has imported what a trace needs, which takes 5 s."""
     return "transformers.trainer" in sys.modules
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lora_advisor.probes import nvml
+from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.errors import AdvisorError
 from lora_advisor.probes.events import Trace
 from lora_advisor.probes.trace_batch import Batch, read_traces, write_batch
@@ -36,16 +37,24 @@ _LOG = logging.getLogger(__name__)
 _PR_SET_CHILD_SUBREAPER = 36
 #: Imports are given this long before probes go their own way.
 _START_TIMEOUT_S = 180.0
+_SERVE = (sys.executable, "-P", "-m", "lora_advisor.probes.forkserver")
 
 
 class ForkServer:
     """The parent's side; a context manager, for the server ends with it."""
 
-    def __init__(self, *, offline: bool) -> None:
+    @classmethod
+    def of(cls, architecture: Architecture) -> Self:
+        """Start the server for probes and traces of one architecture."""
+        kind = architecture.hf_config.get("model_type")
+        return cls(offline=architecture.weights is None, model_type=kind)
+
+    def __init__(self, *, offline: bool, model_type: str | None = None) -> None:
         """Start the server; its imports go on while the caller does.
 
         Args:
             offline: Whether the hub is never asked: no probe loads weights from it.
+            model_type: What transformers calls the architecture, to import that as well.
         """
         environment = dict(os.environ, TOKENIZERS_PARALLELISM="false")
         environment.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as NVML counts
@@ -60,7 +69,7 @@ class ForkServer:
         self._end: Any = None
         if hasattr(os, "fork") and sys.platform == "linux":
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "lora_advisor.probes.forkserver", str(os.getpid())],
+                [*_SERVE, str(os.getpid()), model_type or ""],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -209,14 +218,15 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 pipe.close()
 
 
-def serve(parent_pid: int) -> int:
+def serve(parent_pid: int, model_type: str) -> int:
     """Import the libraries, then fork a worker for each line of stdin until it ends."""
-    from lora_advisor.probes import worker
+    from lora_advisor.probes import trace, worker
 
     worker.die_with_parent(parent_pid)
     # Orphans of a fork come to this process, which then sees them end.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    _import_everything()
+    _import_everything(model_type.replace("-", "_"))
+    trace.freeze_libraries()  # for all forks
     if _has_context():
         _tell({"ready": False, "why": "an import made a CUDA context"})
         return 1
@@ -275,8 +285,8 @@ def _tell(message: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _import_everything() -> None:
-    """Import what a probe imports, without creating a CUDA context.
+def _import_everything(family: str) -> None:
+    """Import what a probe of a family of models imports, without creating a CUDA context.
 
     A package that is missing or broken is the business of the probe that needs it.
     """
@@ -303,6 +313,7 @@ def _import_everything() -> None:
             "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion",
             "transformers.integrations.bitsandbytes",
             "torch.profiler._cupti_monitor", "torch._subclasses.schema_check_mode",
+            f"transformers.models.{family}.modeling_{family}",
         ):  # fmt: skip
             with contextlib.suppress(Exception):
                 __import__(name)
@@ -317,4 +328,4 @@ def _has_context() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(int(sys.argv[1])))
+    sys.exit(serve(int(sys.argv[1]), sys.argv[2]))

@@ -69,7 +69,7 @@ def trace_step(
         raise UsageError(
             f"`trainer` {config.trainer!r} is another engine, whose step cannot be built here."
         )
-    _freeze_once()
+    freeze_libraries()
     try:
         with _process_as_it_was():
             return _trace(config, architecture, layers, capability)
@@ -107,7 +107,7 @@ def _refusal(name: str, error: Exception) -> UsageError:
 
 
 @functools.cache
-def _freeze_once() -> None:
+def freeze_libraries() -> None:
     """Have the collector leave alone what the libraries made when they were imported.
 
     That is some million objects, which it would look at again and again while a step is traced.

@@ -60,14 +60,22 @@ def answer_batch(batch_file: Path, answer_file: Path) -> int:
 
     batch: Batch = pickle.loads(batch_file.read_bytes())
     workers = min(os.cpu_count() or 1, _WORKERS, len(batch.configs))
-    jobs = [(config, batch.architecture, batch.capability) for config in batch.configs]
+    # The longest first, so that none of them is left for the end.
+    order = sorted(range(len(batch.configs)), key=lambda place: _layers(batch.configs[place]))
+    jobs = [(batch.configs[place], batch.architecture, batch.capability) for place in order]
     context: Any = multiprocessing.get_context("fork")
     with context.Pool(workers, initializer=_end_with_parent) as pool:
-        answers = pool.map(_traced, jobs, chunksize=1)
+        made = dict(zip(order, pool.map(_traced, jobs, chunksize=1), strict=True))
+    answers = [made[place] for place in range(len(made))]
     draft = answer_file.with_suffix(".tmp")
     draft.write_bytes(pickle.dumps(answers))
     draft.replace(answer_file)
     return 0
+
+
+def _layers(config: RunConfig) -> tuple[int, bool]:
+    """Order by how many layers a trace runs: as many more as are checkpointed together."""
+    return -(config.checkpoint_every or 1), config.checkpoint_every is None
 
 
 def _end_with_parent() -> None:

@@ -33,7 +33,7 @@ def share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def trace_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the advisor start no server that traces side by side."""
-    monkeypatch.setattr(traces, "_has_imported", lambda: True)
+    monkeypatch.setattr(traces, "has_imported", lambda: True)
     monkeypatch.setattr(traces, "_WORTH_A_SERVER", sys.maxsize)
 
 
