@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from lora_advisor.advisor import elsewhere, traces
 from lora_advisor.advisor.arms import short_form
+from lora_advisor.advisor.attention import known_attention, learn_attention
 from lora_advisor.advisor.conclusion import conclude, nothing_fits
 from lora_advisor.advisor.front import front
 from lora_advisor.advisor.predictor import Predictor
@@ -24,7 +25,7 @@ from lora_advisor.advisor.savings import with_savings
 from lora_advisor.advisor.scaling import for_all_cards, one_card, set_aside
 from lora_advisor.advisor.search import search
 from lora_advisor.advisor.session import Probe, Say, Session, prober, reuse, run
-from lora_advisor.advisor.space import baseline_config, build_space, known_attention
+from lora_advisor.advisor.space import baseline_config, build_space
 from lora_advisor.advisor.study_file import check_study_file, write_study
 from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
@@ -137,7 +138,12 @@ def _open(
     else:
         machine = detect_machine(spec.device)
         card = card_of(machine) if spec.device == "cuda" else None
-    space = build_space(spec, machine, stack, card, cache=TraceCache(cache))
+    traced = TraceCache(cache)
+    if server is not None and not spec.trust_remote_code:
+        import optuna  # noqa: F401 - here, while the server imports as well
+
+        learn_attention(architecture, traced, server)
+    space = build_space(spec, machine, stack, card, cache=traced)
     context = None
     cap = None
     if spec.device == "cuda":

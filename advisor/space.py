@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_advisor.advisor.trace_cache import TraceCache, key_of
-from lora_advisor.probes.architectures import Architecture, attention_of, resolve_architecture
+from lora_advisor.advisor.attention import attention
+from lora_advisor.advisor.trace_cache import TraceCache
+from lora_advisor.probes.architectures import resolve_architecture
 from lora_advisor.probes.cards import Card
-from lora_advisor.probes.config import ATTENTIONS, LOSSES, LoraShape, RunConfig
+from lora_advisor.probes.config import LOSSES, LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
-from lora_advisor.probes.machine import Machine, Stack, detect_stack
+from lora_advisor.probes.machine import Machine, Stack
 from lora_advisor.probes.spec import Spec
 
 
@@ -217,25 +218,9 @@ def _lengths(spec: Spec) -> tuple[int, ...]:
 
 
 def _attention(spec: Spec, cache: TraceCache | None) -> str:
-    """Return a model's attention; kept, for who asks transformers imports torch, for seconds."""
     architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
-    if cache is None or spec.trust_remote_code:  # whose code may have changed
-        return attention_of(architecture)
-    known = known_attention(architecture, cache)
-    if known is None:
-        known = attention_of(architecture)
-        cache.put(_attention_key(architecture), {"attention": known})
-    return known
-
-
-def known_attention(architecture: Architecture, cache: TraceCache) -> str | None:
-    """Return a model's attention as the cache has it; None for a model never asked about."""
-    known = (cache.get(_attention_key(architecture)) or {}).get("attention")
-    return str(known) if known in ATTENTIONS else None
-
-
-def _attention_key(architecture: Architecture) -> str:
-    return key_of(detect_stack(), None, architecture.fingerprint, {"asked": "attention"})
+    # Code of the model's own may have changed.
+    return attention(architecture, None if spec.trust_remote_code else cache)
 
 
 def _precisions(machine: Machine, card: Card | None) -> tuple[str, ...]:

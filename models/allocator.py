@@ -23,6 +23,8 @@ MIN_LARGE = 10 * MIB  # kMinLargeAlloc
 ROUND_LARGE = 2 * MIB  # kRoundLarge
 #: Address of the large pool's expanding segment: far from the small one's, at a page.
 _LARGE_BASE = LARGE_SEGMENT << 25
+#: Addresses are below this power of two: that page, and more than any replay reserves.
+_ADDRESS_BITS = 52
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,9 @@ class _Block:
         self.previous: _Block | None = None
         self.next: _Block | None = None
 
-    def key(self) -> tuple[int, int]:
-        return (self.size, self.address)
+    def key(self) -> int:
+        """Order by size, then by address, in one number."""
+        return self.size << _ADDRESS_BITS | self.address
 
 
 class _Pool:
@@ -66,21 +69,23 @@ class _Pool:
 
     def __init__(self, small: bool) -> None:
         self.small = small
-        self.keys: list[tuple[int, int]] = []
-        self.blocks: dict[tuple[int, int], _Block] = {}
+        self.keys: list[int] = []
+        self.blocks: dict[int, _Block] = {}
         self.tail: _Block | None = None  # last block of the one segment, if segments expand
 
     def add(self, block: _Block) -> None:
-        insort(self.keys, block.key())
-        self.blocks[block.key()] = block
+        key = block.key()
+        insort(self.keys, key)
+        self.blocks[key] = block
 
     def remove(self, block: _Block) -> None:
-        del self.keys[bisect_left(self.keys, block.key())]
-        del self.blocks[block.key()]
+        key = block.key()
+        del self.keys[bisect_left(self.keys, key)]
+        del self.blocks[key]
 
-    def best_fit(self, size: int) -> _Block | None:
-        index = bisect_left(self.keys, (size, 0))
-        return self.blocks[self.keys[index]] if index < len(self.keys) else None
+    def take_best_fit(self, size: int) -> _Block | None:
+        index = bisect_left(self.keys, size << _ADDRESS_BITS)
+        return self.blocks.pop(self.keys.pop(index)) if index < len(self.keys) else None
 
 
 class CachingAllocator:
@@ -106,16 +111,13 @@ class CachingAllocator:
         """Return a block of at least `size` bytes; None if the cap forbids it."""
         size = max(ROUND, -(-size // ROUND) * ROUND)
         pool = self._small if size <= SMALL else self._large
-        block = pool.best_fit(size)
-        if block is None:
-            block = self._grow(pool, size)
+        block = pool.take_best_fit(size) or self._grow(pool, size)
         if block is None:
             self.retries += 1
             self.empty_cache()
             block = self._grow(pool, size)
             if block is None:
                 return None
-        pool.remove(block)
         self._split(block, size)
         block.free = False
         self.allocated += block.size
@@ -143,7 +145,7 @@ class CachingAllocator:
         block.pool.add(block)
 
     def _grow(self, pool: _Pool, size: int) -> _Block | None:
-        """Ask the driver for a segment; the new block stands in the pool."""
+        """Ask the driver for a segment; return its block, which stands in no pool."""
         if self.expandable:
             return self._expand(pool, size)
         need = _segment_size(size)
@@ -152,7 +154,6 @@ class CachingAllocator:
         block = _Block(self._next_address, need, pool, self._next_address)
         self._next_address += need + ROUND
         self._hold(need)
-        pool.add(block)
         return block
 
     def _expand(self, pool: _Pool, size: int) -> _Block | None:
@@ -167,7 +168,6 @@ class CachingAllocator:
         if tail is not None and tail.free:
             pool.remove(tail)
             tail.size += need
-            pool.add(tail)
             return tail
         address = (
             tail.address + tail.size if tail is not None else (0 if pool.small else _LARGE_BASE)
@@ -177,7 +177,6 @@ class CachingAllocator:
         if tail is not None:
             tail.next = block
         pool.tail = block
-        pool.add(block)
         return block
 
     def _may_hold(self, more: int) -> bool:

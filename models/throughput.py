@@ -28,28 +28,27 @@ if TYPE_CHECKING:
 
 #: Seconds the host needs for a micro-batch (data, logging, clipping), an operator that Python code
 #: calls, a kernel that the autograd engine launches, one with Python code of its own, one of a
-#: compiled program, one there that calls Python, and a tensor that passes a hook. Fitted to the
-#: recorded steps of two H100 hosts (tests/recordings/regret of Qwen2.5-1.5B, h100_work.json); other
-#: hosts differ by a factor of 2 either way.
-_HOST_S = (0.016, 2.0e-5, 1.6e-5, 1.3e-4, 1.7e-5, 7e-5, 1.6e-5)
+#: compiled program, one there that calls Python, and a tensor that passes a hook. Their ratios are
+#: fitted to the recorded steps of two H100 hosts (tests/recordings/regret of Qwen2.5-1.5B,
+#: h100_work.json), which need 1.4 times as long; hosts differ by a factor of 2 either way.
+_HOST_S = (0.0047, 1.4e-5, 1.1e-5, 9.1e-5, 1.2e-5, 4.9e-5, 1.1e-5)
 #: Shares of the card's peaks that matrix products reach in 16 and in 32 bits, then attention:
 #: flash or cuDNN, memory-efficient, in 32 bits; and of its bandwidth that all other kernels reach.
-#: Fitted with the host's, and to the published steps of other cards (benchmarks/results/
-#: published_throughput.json). Then the seconds of a kernel beside what it computes.
-_SHARES = (0.65, 0.9, 0.4, 0.1, 0.15)
-_BANDWIDTH_SHARE = 0.7
-_KERNEL_S = 4e-6
+#: Then the seconds of a kernel beside what it computes.
+_SHARES = (0.55, 0.9, 0.15, 0.12, 0.15)
+_BANDWIDTH_SHARE = 0.65
+_KERNEL_S = 2.2e-6
 #: How the two combine: a norm between their maximum and their sum, for where both are as long each
 #: waits for the other some of the time. It and the shares were chosen so that steps are ranked best
 #: on every card of benchmarks/results/published_throughput.json and of the H100's records. Probes
 #: draw it to what this host and card do; the standard deviation is that of its logarithm.
-_NORM = 6.0
-_NORM_PRIOR = 0.5
+_NORM = 1.77
+_NORM_PRIOR = 0.8
 
 #: Standard deviations, in log time, of what no probe has spoken of: how far a whole side of a host
 #: or a card strays from the roofline, and one of its coefficients from the others.
 _HOST_PRIOR, _DEVICE_PRIOR = 0.5, 0.4
-_TERM_PRIOR = 0.3
+_TERM_PRIOR = 0.2
 #: How far a measured step strays: the host's part more than the device's.
 _HOST_NOISE, _DEVICE_NOISE = 0.03, 0.01
 #: How far the host's part strays from one process to the next, in log time: what an interval allows

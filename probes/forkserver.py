@@ -16,6 +16,7 @@ import ctypes
 import json
 import logging
 import os
+import pickle
 import select
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lora_advisor.probes import nvml
-from lora_advisor.probes.architectures import Architecture
+from lora_advisor.probes.architectures import Architecture, attention_of
 from lora_advisor.probes.errors import AdvisorError
 from lora_advisor.probes.events import Trace
 from lora_advisor.probes.trace_batch import Batch, read_traces, write_batch
@@ -113,10 +114,16 @@ class ForkServer:
             return None
         return Fork(self, int(begun["pid"]))
 
-    def ask(self, job: str) -> bytes | None:
-        """Run a job that needs no request; None where it gave no answer."""
+    def ask(self, job: str, question: bytes = b"") -> bytes | None:
+        """Run a job; None where it gave no answer.
+
+        Args:
+            job: "context" for the bytes of a CUDA context, "attention" for that of an architecture.
+            question: What the job needs: the pickled architecture.
+        """
         with tempfile.TemporaryDirectory(prefix="lora-advisor-") as name:
             request, answer, log = (Path(name) / part for part in ("request", "answer", "log.txt"))
+            request.write_bytes(question)
             fork = self.start(request, answer, log, job=job)
             if fork is None or fork.wait() != 0 or not answer.exists():
                 return None
@@ -268,6 +275,9 @@ def _work(files: dict[str, str]) -> int:
             worker.die_with_parent(os.getppid())
         if files["job"] == "trace":
             return trace_batch.answer_batch(request, answer)
+        if files["job"] == "attention":
+            answer.write_text(attention_of(pickle.loads(request.read_bytes())), "ascii")
+            return 0
         if files["job"] == "context":
             answer.write_text(str(worker.context_bytes() or ""), "ascii")
             return 0

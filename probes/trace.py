@@ -328,6 +328,14 @@ def _dispatch_mode() -> type:
     return TorchDispatchMode
 
 
+@functools.cache
+def _device_of() -> Any:
+    """Return the operation that asks a tensor of a class of its own for its device."""
+    import torch
+
+    return torch.ops.prim.device.default
+
+
 class Recorder(_dispatch_mode()):  # type: ignore[misc]
     """Notes each storage when it first appears and when it dies, and the work of each operation."""
 
@@ -365,6 +373,8 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         from lora_advisor.probes.kernel_costs import NO_KERNELS, describe
 
         kwargs = kwargs or {}
+        if func is _device_of() and not args[0].fake_mode.in_kernel_invocation:
+            return args[0].fake_device  # asked 10,000 times a trace; the long way takes a tenth
         if getattr(func, "namespace", None) in NO_KERNELS:
             return func(*args, **kwargs)
         cost = describe(func, args, kwargs, self.capability)
