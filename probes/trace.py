@@ -16,6 +16,7 @@ import contextlib
 import functools
 import gc
 import os
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,8 @@ def _trace(
             model,
             rows=as_trained(config, [{"input_ids": [0, 0], "labels": [0, 0]}]),
             tokenizer=padding_tokenizer(vocab_size),
-            schedule=Schedule(max_steps=2),
+            # Trainer makes the folder of its output; a trace has none, and leaves none behind.
+            schedule=Schedule(max_steps=2, output_dir=tempfile.gettempdir()),
             device="cpu",
             callbacks=[_phase_callback(recorder)],
         )

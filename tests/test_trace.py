@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -155,6 +156,17 @@ def test_a_trace_leaves_the_process_as_it_was() -> None:
 
 
 @pytest.mark.usefixtures("the_process")
+@pytest.mark.parametrize("trainer", ["trl", "transformers", "loop"])
+def test_a_trace_leaves_nothing_where_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    trace_step(configure(trainer=trainer, loss="full"), tiny(), layers=2)
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_trace_that_fails_leaves_the_process_as_it_was() -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("inside")
