@@ -156,13 +156,13 @@ def test_a_trace_leaves_the_process_as_it_was() -> None:
 
 
 @pytest.mark.usefixtures("the_process")
-@pytest.mark.parametrize("trainer", ["trl", "transformers", "loop"])
+@pytest.mark.parametrize(("trainer", "loss"), [("trl", "fused"), ("transformers", "full")])
 def test_a_trace_leaves_nothing_where_it_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, loss: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    trace_step(configure(trainer=trainer, loss="full"), tiny(), layers=2)
+    trace_step(configure(trainer=trainer, loss=loss), tiny(), layers=2)
 
     assert list(tmp_path.iterdir()) == []
 
