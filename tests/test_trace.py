@@ -155,7 +155,6 @@ def test_a_trace_leaves_the_process_as_it_was() -> None:
     trace_step(configure(trainer="transformers", kernels="liger", method="qlora"), tiny(), layers=2)
 
 
-@pytest.mark.usefixtures("the_process")
 @pytest.mark.parametrize(("trainer", "loss"), [("trl", "fused"), ("transformers", "full")])
 def test_a_trace_leaves_nothing_where_it_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: str, loss: str
@@ -167,6 +166,7 @@ def test_a_trace_leaves_nothing_where_it_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("the_process")
 def test_a_trace_that_fails_leaves_the_process_as_it_was() -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("inside")
