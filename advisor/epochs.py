@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lora_advisor.advisor.lengths import Epoch, epoch_of, lengths_of, priced_lengths
+from lora_advisor.probes.arguments import padding_multiple
 from lora_advisor.probes.batching import BATCHINGS, Batching, with_batching
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import UsageError
@@ -17,8 +18,9 @@ from lora_advisor.probes.prediction import Interval
 #: configuration; None where they are not known, or where it does not fit.
 MicroSeconds = Callable[[RunConfig], Interval | None]
 
-#: Compiled layers know one length each time they are compiled (probes/finetune.py); after so many
-#: they run as they are (torch._dynamo.config.recompile_limit).
+#: Compiled layers know one length each time they are compiled (probes/compiled_layers.py). Where
+#: they are packed, not padded to one, they run as they are after so many
+#: (torch._dynamo.config.recompile_limit).
 _COMPILED_LENGTHS = 8
 
 
@@ -109,6 +111,7 @@ def _epochs(
             seed=seed,
             sequences=summary.sequences,
             useful_tokens=summary.tokens if summary.sequences > 1 else None,
+            multiple=padding_multiple(changed) or 1,
         )
         found.append((changed, epoch))
     return found
@@ -122,6 +125,8 @@ def _prices(
         return {}
     config = alike[0][0].replace(group_by_length=False)
     lengths = {length for _, epoch in alike for length in epoch.lengths}
+    if padding_multiple(config) == config.seq_len:
+        lengths = {float(config.seq_len)}  # all but the last micro-batch of a pass
     if config.compile == "layers" and len(lengths) > _COMPILED_LENGTHS:
         config = config.replace(compile="off")
     prices: dict[int, Interval] = {}

@@ -1,7 +1,7 @@
 """What one pass over rows of given lengths comes to, as the trainers make micro-batches of them.
 
 Both trainers pad a micro-batch to its longest row, not to the sequence length (`Collator` of
-probes/collator.py, DataCollatorForLanguageModeling of TRL). Packed rows are not padded at all: TRL
+probes/collator.py, DataCollatorForLanguageModeling of TRL), unless layers are compiled. Packed rows are not padded at all: TRL
 lays those of a micro-batch end to end. A pair is two sequences, and all of a micro-batch are padded
 to its longest one (DataCollatorForPreference of TRL).
 """
@@ -103,6 +103,7 @@ def epoch_of(
     seed: int = 0,
     sequences: int = 1,
     useful_tokens: int | None = None,
+    multiple: int = 1,
 ) -> Epoch:
     """Return the first pass over rows of these lengths.
 
@@ -116,6 +117,7 @@ def epoch_of(
         seed: Of the order, as in `Schedule`.
         sequences: Sequences that a row makes: 2 for a pair.
         useful_tokens: Tokens of the rows; None for the sum of their lengths.
+        multiple: What a micro-batch's length is padded to a multiple of; packed ones are not.
     """
     import numpy
 
@@ -127,7 +129,8 @@ def epoch_of(
         if batching == "packed":
             rows = [sum(documents) for documents in pack(rows, seq_len)]
         order = random_order(len(rows), seed=seed)
-    tokens = _computed(numpy.array(rows)[order], micro_batch, padded=batching != "packed")
+    padded = 0 if batching == "packed" else multiple
+    tokens = _computed(numpy.array(rows)[order], micro_batch, padded)
     tokens *= sequences
     values, counts = numpy.unique(tokens, return_counts=True)
     return Epoch(
@@ -140,15 +143,19 @@ def epoch_of(
     )
 
 
-def _computed(rows: NDArray[Any], micro_batch: int, *, padded: bool) -> NDArray[Any]:
-    """Return the tokens of each micro-batch of rows in the order they are taken."""
+def _computed(rows: NDArray[Any], micro_batch: int, multiple: int) -> NDArray[Any]:
+    """Return the tokens of each micro-batch of rows in the order they are taken.
+
+    Each is padded to its longest row, and that to a multiple; 0 for none.
+    """
     import numpy
 
     starts = numpy.arange(0, len(rows), micro_batch)
-    if not padded:
+    if not multiple:
         return numpy.add.reduceat(rows, starts)
     counts = numpy.minimum(micro_batch, len(rows) - starts)
-    return numpy.maximum.reduceat(rows, starts) * counts
+    longest = numpy.maximum.reduceat(rows, starts)
+    return -(-longest // multiple) * multiple * counts
 
 
 def pack(lengths: Sequence[int], seq_len: int) -> list[list[int]]:

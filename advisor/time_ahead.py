@@ -20,13 +20,9 @@ from lora_advisor.probes.preference import row_length
 
 
 def seconds_per_token(plan: Plan) -> float | None:
-    """Return a plan's time of a token, padding included; None where it knows none.
-
-    Rows of compiled layers are padded to the full length: theirs is the speed on full rows.
-    """
+    """Return a plan's time of a token, padding included; None where it knows none."""
     priced = plan.batching
-    padded = padding_multiple(plan.chosen.config) is not None
-    if not padded and priced is not None and priced.seconds is not None:
+    if priced is not None and priced.seconds is not None:
         return priced.seconds.value / priced.computed_tokens
     speed = plan.tokens_per_s
     return None if not speed else 1 / speed
@@ -46,16 +42,14 @@ def tokens_per_step(job: Job) -> float:
     """Return the tokens of a planned optimizer step, padding included: the mean of a pass."""
     config = job.config
     rows = [row for at, row in enumerate(job.ready.train) if at not in job.known_rows]
-    lengths = [row_length(row) for row in rows]
-    multiple = padding_multiple(config) or 1
-    lengths = [-(-length // multiple) * multiple for length in lengths]
     epoch = epoch_of(
-        lengths,
+        [row_length(row) for row in rows],
         batching_of(config),
         seq_len=config.seq_len,
         micro_batch=config.micro_batch,
         accumulation=config.accumulation * here().size,
         seed=job.settings.seed,
         sequences=config.sequences // config.micro_batch,
+        multiple=padding_multiple(config) or 1,
     )
     return epoch.computed_tokens / epoch.optimizer_steps

@@ -95,8 +95,8 @@ def trl_arguments(config: RunConfig) -> dict[str, Any]:
 def padding_multiple(config: RunConfig) -> int | None:
     """Return what lengths are padded to a multiple of; None for the longest row of a batch.
 
-    Compiled code is for one shape: at the eighth length dynamo gives up and the layers run eagerly
-    (torch._dynamo.config.recompile_limit), so every batch is padded to the full length.
+    Compiled code is for one shape, and dynamo gives up on a layer after some of them
+    (probes/compiled_layers.py), so every batch is padded to the full length.
     """
     compiled = config.compile != "off" and not config.packing
     return config.seq_len if compiled else None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lora_advisor.probes.adapters import lora_config
 from lora_advisor.probes.arguments import padding_multiple, training_arguments, trl_arguments
 from lora_advisor.probes.batching import order_by_length
+from lora_advisor.probes.compiled_layers import compile_layers
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.randomness import draws_numbers
 
@@ -109,21 +110,7 @@ def prepare_model(config: RunConfig, model: PreTrainedModel) -> None:
     if config.fp32_upcast:
         _upcast(config, model)
     if config.compile == "layers":
-        _compile_layers(model)
-
-
-def _compile_layers(model: PreTrainedModel) -> None:
-    """Have each decoder layer compiled when it first runs.
-
-    A generator among a graph's inputs, which checkpointed attention has on CUDA for a dropout of
-    zero too, keeps compiled code out of Inductor's cache (`GraphSafeRunWithRngState` in
-    torch/_prims/rng_prims.py is not cacheable, 2.11 to 2.13); the generator's state does not.
-    """
-    import torch._functorch.config as functorch
-
-    functorch.graphsafe_rng_functionalization = False
-    for layer in decoder_layers(model):
-        layer.compile(dynamic=False)
+        compile_layers(config, decoder_layers(model))
 
 
 def with_adapter(config: RunConfig, model: PreTrainedModel) -> Any:

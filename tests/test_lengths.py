@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from lora_advisor.advisor.lengths import (
     priced_lengths,
 )
 from lora_advisor.probes.architectures import load_bundled
+from lora_advisor.probes.arguments import padding_multiple
 from lora_advisor.probes.batching import (
     BATCHINGS,
     Batching,
@@ -113,6 +114,7 @@ def check_against_loader(config: RunConfig, rows: Sequence[TokenRow], folder: Pa
         micro_batch=config.micro_batch,
         accumulation=config.accumulation,
         seed=3,
+        multiple=padding_multiple(config) or 1,
     )
     assert epoch.histogram == tuple(sorted(Counter(tokens for tokens, _ in found).items()))
     assert epoch.micro_batches == len(found)
@@ -308,19 +310,48 @@ def test_a_report_prices_each_batching_with_its_own_configuration() -> None:
     assert len(asked) == len(set(asked)) <= 24
 
 
-def test_layers_compiled_for_too_many_lengths_are_priced_as_they_run() -> None:
-    asked: list[RunConfig] = []
+def asked_of(config: RunConfig, lengths: Iterable[int]) -> tuple[set[RunConfig], list[Batching]]:
+    """Return what a report had priced, and the report, where a micro-batch takes a second."""
+    asked: set[RunConfig] = set()
 
     def micro_seconds(config: RunConfig) -> Interval:
-        asked.append(config)
+        asked.add(config)
         return Interval(value=1.0, low=1.0, high=1.0)
 
+    return asked, list(data_report(summary_of(lengths), config, micro_seconds))
+
+
+@pytest.mark.parametrize("trainer", ["trl", "transformers"])
+def test_the_loader_pads_rows_of_compiled_layers_likewise(
+    tmp_path: Path, tiny: Path, trainer: str
+) -> None:
+    loss = "fused" if trainer == "trl" else "full"
+    config = config_of(str(tiny), trainer=trainer, loss=loss, compile="layers", micro_batch=6)
+    for name in ("random", "grouped"):
+        epoch = check_against_loader(
+            with_batching(config, name), rows_of(skewed(50, longest=80)), tmp_path
+        )
+        assert epoch.computed_tokens == 50 * 96
+
+
+def test_rows_of_compiled_layers_are_padded_to_the_full_length_in_every_order() -> None:
     config = config_of("tiny", trainer="transformers", loss="full", compile="layers")
-    data_report(summary_of([10, 20, 30, 40] * 8), config, micro_seconds)
-    assert {config.compile for config in asked} == {"layers"}
-    asked.clear()
-    data_report(summary_of(range(2, 80)), config, micro_seconds)
-    assert {config.compile for config in asked} == {"off"}
+    asked, (random_, grouped) = asked_of(config, range(2, 81))
+    assert asked == {config}
+    for batching in (random_, grouped):
+        assert batching.computed_tokens == 79 * config.seq_len
+        assert batching.useful_tokens == sum(range(2, 81))
+        assert batching.seconds is not None
+        assert batching.seconds.value == batching.micro_batches
+
+
+def test_layers_compiled_for_too_many_packed_lengths_are_priced_as_they_run() -> None:
+    config = config_of("tiny", compile="layers")
+    asked, _ = asked_of(config, [48, 48] * 8)
+    assert {c.compile for c in asked if c.packing} == {"layers"}
+    asked, _ = asked_of(config, [*range(2, 96), *range(50, 96)])
+    assert {c.compile for c in asked if c.packing} == {"off"}
+    assert {c.compile for c in asked if not c.packing} == {"layers"}
 
 
 def test_a_report_says_what_it_can_without_prices() -> None:

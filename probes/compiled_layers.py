@@ -1,0 +1,47 @@
+"""Decoder layers that are compiled for the training step, and run as they are for all else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lora_advisor.probes.config import RunConfig
+
+#: Programs that dynamo may keep of a layer before it gives up and runs it eagerly, without an
+#: error (torch._dynamo.config.recompile_limit, 8 by default). A training needs 8: the first layer's
+#: input wants no gradient, a micro-batch without padding has no mask, an epoch's last one fewer
+#: rows; a smaller micro-batch after a lack of memory as many again.
+_PROGRAMS = 32
+
+
+def compile_layers(config: RunConfig, layers: Iterable[Any]) -> None:
+    """Have each decoder layer compiled when it first runs in training mode.
+
+    Evaluations run the layers as they are: theirs are batches of other sizes without gradients, and
+    their programs would use up what dynamo keeps. Packed micro-batches are of any length, so that
+    dynamo shall give up on them after its usual number.
+
+    A generator among a graph's inputs, which checkpointed attention has on CUDA for a dropout of
+    zero too, keeps compiled code out of Inductor's cache (`GraphSafeRunWithRngState` in
+    torch/_prims/rng_prims.py is not cacheable, 2.11 to 2.13); the generator's state does not.
+    """
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
+
+    functorch.graphsafe_rng_functionalization = False
+    if not config.packing:
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _PROGRAMS)
+    for layer in layers:
+        layer.compile(dynamic=False)
+        if layer._compiled_call_impl is not None:  # as in a trace, which compiles in its own way
+            layer._compiled_call_impl = _in_training(layer, layer._compiled_call_impl)
+
+
+def _in_training(layer: Any, compiled: Any) -> Any:
+    """Return what a compiled layer's call is: its program while it trains, else itself."""
+
+    def call(*arguments: Any, **words: Any) -> Any:
+        run = compiled if layer.training else layer._call_impl
+        return run(*arguments, **words)
+
+    return call

@@ -1,0 +1,99 @@
+"""Compiled layers in a training: what dynamo compiles, and that evaluations make it compile nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_model
+import torch
+from tiny_training import config_of, run
+
+from lora_advisor.probes.config import LoraShape
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]  # torch's compiler warns of itself
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its tokenizer, and rows of many lengths."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model.save_model(folder)
+    tiny_model.save_rows(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, tuple[int, ...]]]]:
+    """What dynamo hands over to be compiled: whether with gradients, and the shape of the states.
+
+    What it hands over runs as it is, for Inductor would take seconds for each.
+    """
+    seen: list[tuple[bool, tuple[int, ...]]] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        states = [i for i in inputs if isinstance(i, torch.Tensor) and i.dim() == 3]
+        seen.append((torch.is_grad_enabled(), tuple(states[0].shape)))
+        return graph.forward
+
+    def compile_(module: Any, **words: Any) -> None:
+        assert words == {"dynamic": False}
+        module._compiled_call_impl = torch.compile(
+            module._call_impl, backend=backend, dynamic=False
+        )
+
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    limit = torch._dynamo.config.recompile_limit
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    yield seen
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = limit  # a build raises it for the process
+
+
+@pytest.mark.parametrize("trainer", ["trl", "transformers"])
+def test_a_training_compiles_its_micro_batches_and_nothing_else(
+    tmp_path: Path, tiny: Path, programs: list[tuple[bool, tuple[int, ...]]], trainer: str
+) -> None:
+    config = config_of(
+        tiny,
+        trainer=trainer,
+        loss="fused" if trainer == "trl" else "full",
+        compile="layers",
+        micro_batch=3,
+        accumulation=1,
+        lora=LoraShape(r=4, alpha=8, dropout=0.0, targets="all-linear"),
+    )
+    result = run(
+        config, tiny / "rows.jsonl", tmp_path / "out",
+        max_steps=None, epochs=2.0, check_rows=7, eval_steps=3, eval_batch=5,
+    )  # fmt: skip
+    assert result.holdout_rows
+    assert result.known is not None
+    assert len(result.evaluations) > 2
+    # The loss of rows is asked for in batches of 5, and of the epoch's last rows: none is compiled.
+    left = result.rows % 3
+    assert {shape[:2] for _, shape in programs} == {(3, 96)} | ({(left, 96)} if left else set())
+    assert all(gradients for gradients, _ in programs)
+    assert len(programs) == len(set(programs)) * 2  # the first layer's input wants no gradient
+    assert json.loads((tmp_path / "out" / "result.json").read_text("utf-8"))["steps"] > 8
+
+
+def test_evaluations_of_a_compiled_model_are_those_of_the_plain_one(
+    tmp_path: Path, tiny: Path, programs: list[tuple[bool, tuple[int, ...]]]
+) -> None:
+    losses = []
+    for compiled in ("off", "layers"):
+        config = config_of(
+            tiny,
+            compile=compiled,
+            lora=LoraShape(r=4, alpha=8, dropout=0.0, targets="all-linear"),
+        )
+        result = run(config, tiny / "rows.jsonl", tmp_path / compiled, max_steps=4)
+        losses.append((result.eval_loss_before, result.eval_loss_after))
+        assert bool(programs) == (compiled == "layers")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
