@@ -50,7 +50,8 @@ class Watch(TrainerCallback):
         self._peak = Memory()
         self._begin = self._mark = self._reported = perf_counter()
         self._end: float | None = self._begin  # nothing is spent until training begins
-        self._tokens = self._padded = 0
+        self._tokens: list[Any] = []
+        self._padded = 0
         self._steps: list[tuple[float, int, int]] = []
 
     def attach(self, trainer: Trainer) -> None:
@@ -60,8 +61,9 @@ class Watch(TrainerCallback):
         def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             mask = inputs.get("attention_mask")
             self._padded += inputs["input_ids"].numel()
-            # Without a mask no row is padded.
-            self._tokens += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+            # Without a mask no row is padded. A sum stays where the mask is until the step's end:
+            # to read it here would wait for the device in every micro-batch.
+            self._tokens.append(inputs["input_ids"].numel() if mask is None else mask.sum())
             return plain(model, inputs, *args, **kwargs)
 
         vars(trainer)["training_step"] = counted  # over the method of the class
@@ -94,10 +96,11 @@ class Watch(TrainerCallback):
         """Note a step, and ask for a report when it is time for one."""
         self._meter.synchronize()
         now = perf_counter()
-        seen = here().numbers(self._tokens, self._padded, now - self._reported >= REPORT_S)
+        useful = sum(map(int, self._tokens))
+        seen = here().numbers(useful, self._padded, now - self._reported >= REPORT_S)
         tokens, padded = (int(sum(one[at] for one in seen)) for at in (0, 1))
         self._steps.append((now - self._mark, tokens, padded))
-        self._tokens = self._padded = 0
+        self._tokens, self._padded = [], 0
         self._mark = now
         if seen[0][2] or state.global_step in (1, state.max_steps):
             control.should_log = True
