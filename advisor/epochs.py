@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lora_advisor.advisor.lengths import Epoch, epoch_of, lengths_of, priced_lengths
@@ -124,9 +125,7 @@ def _prices(
     if micro_seconds is None:
         return {}
     config = alike[0][0].replace(group_by_length=False)
-    lengths = {length for _, epoch in alike for length in epoch.lengths}
-    if padding_multiple(config) == config.seq_len:
-        lengths = {float(config.seq_len)}  # all but the last micro-batch of a pass
+    lengths = {length for own, epoch in alike for length in _padded(own, epoch.lengths)}
     if config.compile == "layers" and len(lengths) > _COMPILED_LENGTHS:
         config = config.replace(compile="off")
     prices: dict[int, Interval] = {}
@@ -136,6 +135,13 @@ def _prices(
             return {}
         prices[length] = price
     return prices
+
+
+def _padded(config: RunConfig, lengths: Sequence[float]) -> Iterator[float]:
+    """Yield lengths as they are padded; the last micro-batch's, spread over more rows, likewise."""
+    multiple = padding_multiple(config) or 1
+    for length in lengths:
+        yield math.ceil(length / multiple) * multiple if multiple > 1 else length
 
 
 def _batching(epoch: Epoch, prices: dict[int, Interval]) -> Batching:

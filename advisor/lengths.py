@@ -1,9 +1,10 @@
 """What one pass over rows of given lengths comes to, as the trainers make micro-batches of them.
 
-Both trainers pad a micro-batch to its longest row, not to the sequence length (`Collator` of
-probes/collator.py, DataCollatorForLanguageModeling of TRL), unless layers are compiled. Packed rows are not padded at all: TRL
-lays those of a micro-batch end to end. A pair is two sequences, and all of a micro-batch are padded
-to its longest one (DataCollatorForPreference of TRL).
+Both trainers pad a micro-batch to its longest row and on to a multiple (`padding_multiple` of
+probes/arguments.py), not to the sequence length (`Collator` of probes/collator.py,
+DataCollatorForLanguageModeling of TRL), unless layers are compiled. Packed rows are not padded at
+all: TRL lays those of a micro-batch end to end. A pair is two sequences, and all of a micro-batch
+are padded to its longest one (DataCollatorForPreference of TRL).
 """
 
 from __future__ import annotations

@@ -14,6 +14,11 @@ from lora_advisor.probes.config import RunConfig
 if TYPE_CHECKING:
     from lora_advisor.probes.finetune import Schedule
 
+#: Lengths that batches may have at most, and at least where they are padded to any; those of rows
+#: that are grouped by length where layers are compiled.
+_LENGTHS = (64, 32)
+_GROUPED_COMPILED_LENGTHS = 4
+
 
 def training_arguments(config: RunConfig, schedule: Schedule, *, device: str) -> dict[str, Any]:
     """Return the keyword arguments that transformers' and TRL's arguments have in common."""
@@ -95,11 +100,22 @@ def trl_arguments(config: RunConfig) -> dict[str, Any]:
 def padding_multiple(config: RunConfig) -> int | None:
     """Return what lengths are padded to a multiple of; None for the longest row of a batch.
 
-    Compiled code is for one shape, and dynamo gives up on a layer after some of them
-    (probes/compiled_layers.py), so every batch is padded to the full length.
+    A length of its own for every batch is dear: cuDNN's attention makes a plan for each shape it
+    has not seen, which takes 0.1 s and more on an H100 (benchmarks/varied_lengths.py), and compiled
+    code is for one shape, dynamo giving up on a layer after some of them
+    (probes/compiled_layers.py). So batches have few lengths, all parts of `seq_len`: 64, or 32 at
+    least; where layers are compiled the full one, or four of rows that are grouped by length. A
+    length that has no such parts, and packed rows, are left as they are.
     """
-    compiled = config.compile != "off" and not config.packing
-    return config.seq_len if compiled else None
+    if config.packing:
+        return None
+    most, least = _LENGTHS
+    if config.compile != "off":
+        grouped = config.group_by_length and config.compile == "layers"
+        most, least = (_GROUPED_COMPILED_LENGTHS if grouped else 1), 1
+    parts = [config.seq_len // n for n in range(most, least - 1, -1) if config.seq_len % n == 0]
+    # Tensor cores take multiples of 8.
+    return next((part for part in parts if part % 8 == 0), parts[0] if parts else None)
 
 
 def lora_arguments(config: RunConfig, *, exclude: Sequence[str] = ()) -> dict[str, Any]:

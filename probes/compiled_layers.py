@@ -8,10 +8,10 @@ from typing import Any
 from lora_advisor.probes.config import RunConfig
 
 #: Programs that dynamo may keep of a layer before it gives up and runs it eagerly, without an
-#: error (torch._dynamo.config.recompile_limit, 8 by default). A training needs 8: the first layer's
-#: input wants no gradient, a micro-batch without padding has no mask, an epoch's last one fewer
-#: rows; a smaller micro-batch after a lack of memory as many again.
-_PROGRAMS = 32
+#: error (torch._dynamo.config.recompile_limit, 8 by default). A training needs up to 8 for each
+#: length (the first layer's input wants no gradient, a micro-batch without padding has no mask, an
+#: epoch's last one fewer rows), and as many again after a lack of memory.
+_PROGRAMS = 64
 
 
 def compile_layers(config: RunConfig, layers: Iterable[Any]) -> None:

@@ -101,7 +101,7 @@ def build_trainer(
         order_by_length(trainer, [len(row["input_ids"]) for row in rows], seed=schedule.seed)
     if config.precision == "fp16":
         cast_up_adapters(trainer.model)
-    # With each checkpoint TRL would write a card of a model it has no name for; the adapter has one.
+    # With each checkpoint TRL would write a card of a model it cannot name; the adapter has one.
     vars(trainer)["create_model_card"] = lambda *_, **__: None
     return trainer
 

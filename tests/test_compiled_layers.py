@@ -1,4 +1,4 @@
-"""Compiled layers in a training: what dynamo compiles, and that evaluations make it compile nothing."""
+"""Compiled layers in a training: what dynamo compiles, and what it does not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny_model
-import torch
+import torch._dynamo
 from tiny_training import config_of, run
 
 from lora_advisor.probes.config import LoraShape
@@ -44,8 +44,6 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, tuple
         module._compiled_call_impl = torch.compile(
             module._call_impl, backend=backend, dynamic=False
         )
-
-    import torch._dynamo
 
     torch._dynamo.reset()
     limit = torch._dynamo.config.recompile_limit

@@ -151,8 +151,12 @@ def test_the_tokens_are_those_that_the_trainers_loader_yields(
     assert epoch.useful_tokens == sum(len(row["input_ids"]) for row in rows)
     if batching == "random" and micro_batch > 1:
         assert epoch.padding_share > 0.3
-    if batching == "packed" or micro_batch == 1:
+    if batching == "packed":
         assert epoch.padding_share == 0
+    elif micro_batch == 1:  # 96 tokens have 48 parts
+        assert epoch.computed_tokens == sum(
+            n + n % 2 for n in map(len, (r["input_ids"] for r in rows))
+        )
 
 
 def test_grouping_and_packing_save_what_padding_costs_on_gsm8k(tmp_path: Path, tiny: Path) -> None:
@@ -173,7 +177,7 @@ def test_grouping_and_packing_save_what_padding_costs_on_gsm8k(tmp_path: Path, t
 
     assert random_.useful_tokens / (len(rows) * 512) == pytest.approx(0.418, abs=0.001)
     assert random_.padding_share == pytest.approx(0.345, abs=0.02)
-    assert grouped.padding_share == pytest.approx(0.022, abs=0.01)
+    assert grouped.padding_share == pytest.approx(0.038, abs=0.01)
     assert packed.padding_share == 0
     assert packed.computed_tokens / (packed.micro_batches * 8 * 512) > 0.95
     assert (random_.optimizer_steps, grouped.optimizer_steps, packed.optimizer_steps) == (
@@ -321,25 +325,55 @@ def asked_of(config: RunConfig, lengths: Iterable[int]) -> tuple[set[RunConfig],
     return asked, list(data_report(summary_of(lengths), config, micro_seconds))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
 @pytest.mark.parametrize("trainer", ["trl", "transformers"])
 def test_the_loader_pads_rows_of_compiled_layers_likewise(
     tmp_path: Path, tiny: Path, trainer: str
 ) -> None:
     loss = "fused" if trainer == "trl" else "full"
     config = config_of(str(tiny), trainer=trainer, loss=loss, compile="layers", micro_batch=6)
-    for name in ("random", "grouped"):
-        epoch = check_against_loader(
-            with_batching(config, name), rows_of(skewed(50, longest=80)), tmp_path
-        )
-        assert epoch.computed_tokens == 50 * 96
+    rows = rows_of(skewed(50, longest=80))
+    random_, grouped = (
+        check_against_loader(with_batching(config, name), rows, tmp_path)
+        for name in ("random", "grouped")
+    )
+    assert random_.computed_tokens == 50 * 96
+    assert grouped.computed_tokens < random_.computed_tokens
+    assert {tokens % (6 * 24) for tokens, count in grouped.histogram if count > 1} == {0}
 
 
-def test_rows_of_compiled_layers_are_padded_to_the_full_length_in_every_order() -> None:
+@pytest.mark.parametrize(
+    ("changes", "multiple"),
+    [
+        ({"seq_len": 1024}, 16),
+        ({"seq_len": 448}, 8),
+        ({"seq_len": 2048, "group_by_length": True}, 32),
+        ({"seq_len": 1000}, 20),
+        ({"seq_len": 1021}, None),  # a prime
+        ({"seq_len": 1024, "packing": True}, None),
+        ({"seq_len": 1024, "compile": "layers"}, 1024),
+        ({"seq_len": 1021, "compile": "layers"}, 1021),
+        ({"seq_len": 1024, "compile": "model", "group_by_length": True}, 1024),
+        ({"seq_len": 1024, "compile": "layers", "group_by_length": True}, 256),
+        ({"seq_len": 1023, "compile": "layers", "group_by_length": True}, 341),
+        ({"seq_len": 1024, "compile": "layers", "packing": True}, None),
+    ],
+)
+def test_batches_have_few_lengths_none_longer_than_a_sequence(
+    changes: dict[str, Any], multiple: int | None
+) -> None:
+    assert padding_multiple(config_of("tiny", **changes)) == multiple
+
+
+def test_rows_of_compiled_layers_are_padded_to_the_full_length_or_to_four() -> None:
     config = config_of("tiny", trainer="transformers", loss="full", compile="layers")
     asked, (random_, grouped) = asked_of(config, range(2, 81))
-    assert asked == {config}
+    assert {c.compile for c in asked} == {"layers"}
+    assert {c.seq_len for c in asked} >= {24, 96}
+    assert random_.computed_tokens == 79 * config.seq_len
+    assert grouped.computed_tokens < 0.75 * random_.computed_tokens
+    assert grouped.computed_tokens % 24 == 0
     for batching in (random_, grouped):
-        assert batching.computed_tokens == 79 * config.seq_len
         assert batching.useful_tokens == sum(range(2, 81))
         assert batching.seconds is not None
         assert batching.seconds.value == batching.micro_batches

@@ -281,6 +281,7 @@ def test_a_training_computes_the_tokens_that_were_counted_before_it(
     tmp_path: Path, tiny: Path
 ) -> None:
     from lora_advisor.advisor.lengths import epoch_of
+    from lora_advisor.probes.arguments import padding_multiple
     from lora_advisor.probes.batching import BATCHINGS, with_batching
     from lora_advisor.probes.dataset import read_examples
     from lora_advisor.probes.tokens import load_tokenizer, tokenize
@@ -291,7 +292,10 @@ def test_a_training_computes_the_tokens_that_were_counted_before_it(
     for name in BATCHINGS:
         config = with_batching(config_of(tiny, trainer="trl", loss="fused"), name)
         result = run(config, tiny / "rows.jsonl", tmp_path / name, max_steps=None, holdout=0.0)
-        epoch = epoch_of(lengths, name, seq_len=96, micro_batch=2, accumulation=2)
+        epoch = epoch_of(
+            lengths, name, seq_len=96, micro_batch=2, accumulation=2,
+            multiple=padding_multiple(config) or 1,
+        )  # fmt: skip
         measured = result.measured
         assert result.steps == epoch.optimizer_steps
         assert measured.tokens_per_s is not None and measured.padded_tokens_per_s is not None
