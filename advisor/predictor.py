@@ -84,6 +84,11 @@ class Predictor:
         store = TraceStore(architecture, capability, TraceCache(cache))
         return cls(store, machine, card, limit_bytes, memory, throughput, energy)
 
+    @property
+    def is_roofline(self) -> bool:
+        """Whether speeds are a card's figures alone: none is here, and no run of one was told."""
+        return self.machine.kind == "card" and self.elsewhere is None
+
     def learn(self, results: Sequence[ProbeResult]) -> Predictor:
         """Return models taught by all probes so far, these included."""
         every = self.results + tuple(results)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.space import Space
 from lora_advisor.advisor.traces import REGULAR_TOKENS
+from lora_advisor.advisor.variations import EVERYWHERE, PLAIN, Seen, legal, varied_choices
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.plan import Candidate
 
 if TYPE_CHECKING:
@@ -22,19 +20,6 @@ if TYPE_CHECKING:
 
 #: Of two configurations whose predicted speed differs by less, the plainer one is taken.
 _TIE = 0.002
-_PLAIN = {
-    "allocator": "default",
-    "optimizer": "adamw_torch_fused",
-    "kernels": "none",
-    "compile": "off",
-}
-
-#: Knobs that move memory and speed less than the others, and how many of their values are looked at
-#: in every arm; the rest only around the best arms.
-_EVERYWHERE = {
-    "optimizer": 1, "precision": 1, "attention": 1, "allocator": 1, "trainer": 1, "checkpointing": 3
-}  # fmt: skip
-_ARMS_VARIED = 2
 #: Excess of what may fit by its size and yet is not said to.
 _NOT_SAID_TO_FIT = 1e-3
 #: From this many cores on, what the bisection may ask for is traced before it asks.
@@ -59,42 +44,6 @@ class SearchResult:
     def trials(self) -> int:
         """Number of trials."""
         return len(self.study.trials)
-
-
-@dataclass
-class _Seen:
-    """Candidates so far, and which sizes of an otherwise equal configuration they settle.
-
-    What is smaller than one that fits is not better; what is larger than one that does not fit does
-    not fit either. The size is the micro-batch, or the sequence length where that is sought.
-    """
-
-    size: str
-    candidates: dict[RunConfig, Candidate] = field(default_factory=dict)
-    fits: dict[RunConfig, int] = field(default_factory=dict)
-    fails: dict[RunConfig, int] = field(default_factory=dict)
-
-    def add(self, candidate: Candidate) -> None:
-        config, verdict = candidate.config, candidate.prediction.verdict
-        self.candidates[config] = candidate
-        arm, size = self._arm(config), getattr(config, self.size)
-        if verdict == "fits":
-            self.fits[arm] = max(size, self.fits.get(arm, 0))
-        elif verdict == "does not fit":
-            self.fails[arm] = min(size, self.fails.get(arm, size))
-
-    def settles(self, config: RunConfig) -> bool:
-        arm, size = self._arm(config), getattr(config, self.size)
-        fails = self.fails.get(arm)
-        return size < self.fits.get(arm, 0) or (fails is not None and size > fails)
-
-    def _arm(self, config: RunConfig) -> RunConfig:
-        if self.size == "seq_len":
-            return config.replace(seq_len=2)
-        return config.replace(micro_batch=1, accumulation=1)
-
-    def that(self, *verdicts: str) -> list[Candidate]:
-        return [c for c in self.candidates.values() if c.prediction.verdict in verdicts]
 
 
 def search(
@@ -126,7 +75,8 @@ def search(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     size = _size_knob(space)
-    seen = _Seen(size)
+    seen = Seen(size)
+    free = False
 
     def run(trial: optuna.Trial) -> float:
         # A knob of one value is none to a sampler, nor to who looks at the study.
@@ -135,11 +85,14 @@ def search(
             for k, v in space.axes.items()
         }
         progress(trial.number + 1)
-        config = _legal(space, choice)
+        config = legal(space, choice)
         if config is None or seen.settles(config):
+            raise optuna.TrialPruned
+        if free and predictor.is_roofline and seen.has_better(config):
             raise optuna.TrialPruned
         candidate = seen.candidates.get(config)
         if candidate is None:
+            predictor.prepare([config])
             candidate = predictor.candidate(config)
             seen.add(candidate)
         trial.set_constraint("memory", _excess(candidate, predictor))
@@ -162,9 +115,10 @@ def search(
     if (os.cpu_count() or 1) >= _MANY_CORES:  # where cores are idle, before the bisection asks
         predictor.prepare(_telling(space, plain))
     look_at(plain)
-    varied = _varied_choices(space, rank(seen.that("fits"), objective), seen, predictor.cap_bytes)
+    varied = varied_choices(space, rank(seen.that("fits"), objective), seen, predictor)
     predictor.prepare(_legal_ones(space, varied))
     look_at(varied)
+    free = True
     study.optimize(run, n_trials=free_trials)
     predictor.store.release_workers()
     return SearchResult(
@@ -204,74 +158,17 @@ def _size_knob(space: Space) -> str:
 
 
 def _legal_ones(space: Space, choices: Sequence[dict[str, Any]]) -> list[RunConfig]:
-    configs = (_legal(space, choice) for choice in choices)
+    configs = (legal(space, choice) for choice in choices)
     return [config for config in configs if config is not None]
-
-
-def _legal(space: Space, choice: dict[str, Any]) -> RunConfig | None:
-    """Return the configuration of a choice; None where it is none, or another's second name."""
-    if space.is_pointless(choice):
-        return None
-    with contextlib.suppress(UsageError):
-        return space.config(choice)
-    return None
 
 
 def _plain_choices(space: Space) -> list[dict[str, Any]]:
     """Return every arm with the first values of the knobs that move little."""
-    axes = {knob: values[: _EVERYWHERE.get(knob)] for knob, values in space.axes.items()}
+    axes = {knob: values[: EVERYWHERE.get(knob)] for knob, values in space.axes.items()}
     size = _size_knob(space)
     axes[size] = tuple(_bisection(sorted(axes.pop(size))))
     choices = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return [choice for choice in choices if _legal(space, choice) is not None]
-
-
-def _varied_choices(
-    space: Space, best: Sequence[Candidate], seen: _Seen, cap_bytes: int
-) -> list[dict[str, Any]]:
-    """Return the best arms with one more knob changed, larger micro-batches included."""
-    choices = []
-    arms: list[RunConfig] = []
-    for candidate in best:
-        arm = candidate.config.replace(**{seen.size: 2}, accumulation=1)
-        if arm in arms or len(arms) == _ARMS_VARIED:
-            continue
-        arms.append(arm)
-        known = {knob: getattr(candidate.config, knob) for knob in space.axes}
-        for knob, everywhere in _EVERYWHERE.items():
-            for value in space.axes[knob][everywhere:]:
-                changed = {**known, knob: value}
-                choices += [
-                    {**changed, seen.size: size}
-                    for size in _sizes_to_try(space, candidate.config, changed, seen, cap_bytes)
-                ]
-    return choices
-
-
-def _sizes_to_try(
-    space: Space, config: RunConfig, changed: dict[str, Any], seen: _Seen, cap_bytes: int
-) -> list[int]:
-    """Return at which sizes a changed knob may be worth something, the largest first.
-
-    As large as the configuration is, or the next size, if the knob can make room for that: another
-    optimizer saves no more than the states of this one.
-    """
-    size: int = changed[seen.size]
-    same, next_ = [size], sorted(n for n in space.axes[seen.size] if n > size)[:1]
-    other = config.replace(checkpointing=changed["checkpointing"])
-    if other.checkpointing != config.checkpointing:
-        keeps_more = (other.checkpoint_every or math.inf) > (config.checkpoint_every or math.inf)
-        return same if keeps_more else next_
-    if changed["precision"] != config.precision:
-        return same
-    if changed["optimizer"] != config.optimizer and next_:
-        larger = _legal(space, {**changed, "optimizer": config.optimizer, seen.size: next_[0]})
-        failed = None if larger is None else seen.candidates.get(larger)
-        if failed is not None:
-            memory = failed.prediction.memory
-            if memory.needed_bytes - memory.components.get("optimizer", 0) > cap_bytes:
-                return same
-    return next_ + same
+    return [choice for choice in choices if legal(space, choice) is not None]
 
 
 def _bisection(values: Sequence[int]) -> list[int]:
@@ -302,8 +199,8 @@ def score(candidate: Candidate, objective: str) -> float:
     speed = candidate.tokens_per_s
     if speed is None:
         speed = float(candidate.config.tokens)
-    plainness: int = sum(getattr(candidate.config, knob) == value for knob, value in _PLAIN.items())
-    tie = 1 + _TIE * plainness / len(_PLAIN)
+    plainness: int = sum(getattr(candidate.config, knob) == value for knob, value in PLAIN.items())
+    tie = 1 + _TIE * plainness / len(PLAIN)
     if objective == "joules_per_token":
         energy = candidate.joules_per_token
         # Of what nothing is known ranks below what was measured or predicted, the faster first.
