@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -314,7 +314,7 @@ def test_a_report_prices_each_batching_with_its_own_configuration() -> None:
     assert len(asked) == len(set(asked)) <= 24
 
 
-def asked_of(config: RunConfig, lengths: Iterable[int]) -> tuple[set[RunConfig], list[Batching]]:
+def asked_of(config: RunConfig, lengths: Sequence[int]) -> tuple[set[RunConfig], list[Batching]]:
     """Return what a report had priced, and the report, where a micro-batch takes a second."""
     asked: set[RunConfig] = set()
 
