@@ -177,9 +177,12 @@ class Predictor:
     def _traced(self, config: RunConfig) -> TracedMemory:
         return self.store.memory(config, self.cap_bytes)
 
-    def prepare(self, configs: Iterable[RunConfig]) -> None:
-        """Trace what these configurations need, several at a time."""
-        self.store.prepare(configs, self.cap_bytes)
+    def prepare(self, configs: Iterable[RunConfig], ahead: Sequence[RunConfig] = ()) -> None:
+        """Trace what these configurations need, several at a time.
+
+        Cores that would be idle meanwhile take what is asked for `ahead`.
+        """
+        self.store.prepare(configs, self.cap_bytes, ahead)
 
     def work(self, config: RunConfig) -> Work:
         """Return the work of one optimizer step."""

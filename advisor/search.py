@@ -101,12 +101,16 @@ def search(
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
 
+    def unsettled_of(choices: Sequence[dict[str, Any]]) -> list[RunConfig]:
+        return [c for c in _legal_ones(space, choices) if not seen.settles(c)]
+
     def look_at(choices: Sequence[dict[str, Any]]) -> None:
         """Run trials on these choices, those of one size after the other."""
-        for step in dict.fromkeys(choice[size] for choice in choices):
+        steps = list(dict.fromkeys(choice[size] for choice in choices))
+        for at, step in enumerate(steps):
             level = [choice for choice in choices if choice[size] == step]
-            unsettled = [c for c in _legal_ones(space, level) if not seen.settles(c)]
-            predictor.prepare([*unsettled, *beside])
+            later = [choice for choice in choices if choice[size] in steps[at + 1 :]]
+            predictor.prepare([*unsettled_of(level), *beside], unsettled_of(later))
             for choice in level:
                 study.enqueue_trial(choice)
             study.optimize(run, n_trials=len(level))

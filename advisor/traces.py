@@ -120,14 +120,28 @@ class TraceStore:
             )
         return self.traces[config]
 
-    def prepare(self, configs: Iterable[RunConfig], cap_bytes: int | None = None) -> None:
+    def prepare(
+        self,
+        configs: Iterable[RunConfig],
+        cap_bytes: int | None = None,
+        ahead: Sequence[RunConfig] = (),
+    ) -> None:
         """Trace what is missing for these configurations, several at a time where cores allow.
 
         Args:
             configs: What will be asked for.
             cap_bytes: With it, what is known to the cache for this cap is not traced.
+            ahead: What may be asked for next: traced on cores that would be idle.
         """
-        missing = []
+        missing = self._missing(configs, cap_bytes)
+        idle = -len(missing) % (os.cpu_count() or 1)
+        if idle and not has_imported():
+            missing += [c for c in self._missing(ahead, cap_bytes) if c not in missing][:idle]
+        self._trace_together(missing)
+
+    def _missing(self, configs: Iterable[RunConfig], cap_bytes: int | None) -> list[RunConfig]:
+        """Return what must be traced for these configurations; take up what is known."""
+        missing: list[RunConfig] = []
         for config in configs:
             if cap_bytes is not None:
                 self._look_up(_replayed_as(config), cap_bytes)
@@ -141,7 +155,7 @@ class TraceStore:
                 missing.append(config)
             else:
                 self.traces[config] = known
-        self._trace_together(missing)
+        return missing
 
     def _trace_together(self, missing: Sequence[RunConfig]) -> None:
         """Trace in forks, where that is sooner; what cannot be traced is told when asked for."""

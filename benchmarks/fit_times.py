@@ -1,10 +1,10 @@
-"""Time `fit`'s answers, each from a cold process, and write results/fit_times.json.
+"""Time the answers of `fit`, `plan` and `--help`, each a process; write results/fit_times.json.
 
     python benchmarks/fit_times.py [--out FILE]
 
 "imports" is a process that only imports what a trace needs; "cold" starts with an empty cache,
-"warm" asks the same again; "map" is a grid of 500 sizes, cold. All times are of whole processes,
-in seconds, start-up of Python included.
+"warm" asks the same again; "map" is a grid of 500 sizes, cold. `plan` and `--help` are timed three
+times. All times are of whole processes, in seconds, start-up of Python included.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ QUESTIONS = {
     "qwen2.5-7b, 2048 tokens": [*FIT, "--model", "qwen2.5-7b", "--seq", "2048"],
 }
 
+PLAN = ["plan", "--vram", "8"]
+TIMES = 3
+
 
 def seconds(command: list[str], cache: str) -> float:
     started = time.perf_counter()
@@ -42,6 +45,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         seconds([sys.executable, "-c", IMPORTS], cache)  # files into the system's cache
         report["imports"] = seconds([sys.executable, "-c", IMPORTS], cache)
+        report["--help"] = [seconds([*CLI, "--help"], cache) for _ in range(TIMES)]
+    plans: dict[str, list[float]] = {"cold": [], "warm": []}
+    for _ in range(TIMES):
+        with tempfile.TemporaryDirectory() as cache:
+            for kind in plans:
+                plans[kind].append(seconds([*CLI, *PLAN, "--device", "none"], cache))
+    report["plan --vram 8, no GPU"] = plans
+    print(json.dumps(report), flush=True)
     for name, question in QUESTIONS.items():
         with tempfile.TemporaryDirectory() as cache:
             report[name] = {

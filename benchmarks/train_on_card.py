@@ -58,10 +58,13 @@ def summary(plan: dict[str, Any], trained: dict[str, Any], seconds: dict[str, fl
     kept = ("rows", "holdout_rows", "truncated", "steps", "eval_loss_before", "eval_loss_after",
             "losses", "likelihood", "preference", "known", "stop", "recoveries",
             "evaluations")  # fmt: skip
+    if trained.get("known"):
+        trained["known"].pop("file", None)
     return {
+        "model": Path(plan["spec"]["model"]).name,
         "machine": plan["machine"],
         "stack": {name: version for name, version in plan["stack"].items() if version},
-        "config": {**plan["chosen"]["config"], "model": "SmolLM2-135M-Instruct"},
+        "config": {**plan["chosen"]["config"], "model": Path(plan["spec"]["model"]).name},
         "vram_bytes": plan["spec"]["vram_bytes"],
         "cap_bytes": plan["cap_bytes"],
         "plan": {key: plan[key] for key in ("probes", "probing_s", "wall_s")},

@@ -142,6 +142,7 @@ def test_the_time_of_the_steps_is_that_of_the_tokens_to_come(
         micro_batch=2,
         accumulation=2,
         sequences=2,
+        multiple=2,  # 96 tokens have 48 parts
     )
     assert (epoch.optimizer_steps, unbroken.steps) == (9, 12)
     promised, came = unbroken.predicted, unbroken.measured.train_seconds
@@ -249,12 +250,14 @@ def test_a_pass_over_pairs_is_counted_as_the_loader_yields_it(tmp_path: Path, ti
         seed=3,
         sequences=2,
         useful_tokens=sum(pair_tokens(row) for row in rows),
+        multiple=2,
     )
     tokens = Counter(batch["input_ids"].numel() for batch in batches)
     assert epoch.histogram == tuple(sorted(tokens.items()))
     assert epoch.useful_tokens == sum(int(batch["attention_mask"].sum()) for batch in batches)
     whole = [tokens for tokens in epoch.lengths if tokens == int(tokens)]
-    assert max(whole) == max(pair_length(row) for row in rows)  # tokens of one sequence
+    longest = max(pair_length(row) for row in rows)
+    assert max(whole) == longest + longest % 2  # tokens of one sequence
 
 
 class Device:
@@ -289,7 +292,8 @@ def test_the_longest_pairs_come_first_and_memory_that_runs_out_costs_no_pair(
     result = run(pairs_of(tiny), tiny / "pairs.jsonl", tmp_path, progress=told)
     trained = [shape for shape, training in device.batches if training]
     train, _ = rows_of(tiny)
-    assert trained[0] == (4, max(pair_length(row) for row in train))
+    longest = max(pair_length(row) for row in train)
+    assert trained[0] == (4, longest + longest % 2)
     assert trained[-2:] == [(2, trained[-1][1])] * 2  # as it is, and as its own reference
     (recovery,) = result.recoveries
     assert (recovery.after_step, recovery.micro_batch, recovery.new_micro_batch) == (4, 2, 1)
