@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 from recorded import TINY
 from traced_once import save_figures, share_traces
 
+from lora_advisor.advisor import traces
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.search import SearchResult, search
 from lora_advisor.advisor.space import build_space
+from lora_advisor.advisor.traces import TraceStore
 from lora_advisor.advisor.variations import Seen
 from lora_advisor.probes.architectures import resolve_architecture
 from lora_advisor.probes.cards import find_card
 from lora_advisor.probes.config import LoraShape, RunConfig
 from lora_advisor.probes.machine import GIB, detect_stack
 from lora_advisor.probes.spec import Spec
+from lora_advisor.probes.trace_batch import Batch
 
 CARD = find_card("rtx-4060")
 
@@ -94,3 +99,49 @@ def test_layers_recomputed_in_between_take_a_time_in_between(tmp_path: Path) -> 
     assert found is not None
     assert seen.speed_between(asked) == pytest.approx(found, rel=0.02)
     assert seen.speed_between(asked.replace(precision="fp16")) is None
+
+
+class Server:
+    """Stands for the fork server: notes what it shall trace, and traces nothing."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[RunConfig]] = []
+
+    def trace(self, batch: Batch) -> list[Any]:
+        self.batches.append(list(batch.configs))
+        return []
+
+
+def store_and_configs(folder: Path, server: Any) -> tuple[TraceStore, list[RunConfig]]:
+    """Return a store that traces in a server, and configurations that differ in length."""
+    spec = Spec(model=save_figures(folder), vram_bytes=GIB, effective_batch=1)
+    space = build_space(spec, CARD.machine(), detect_stack(), CARD)
+    config = next(space.configs())
+    store = TraceStore(
+        resolve_architecture(spec.model), CARD.machine().capability, server=server
+    )  # fmt: skip
+    return store, [config.replace(seq_len=64 * n) for n in range(1, 13)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "traced"), [(1, 2, 2), (2, 2, 2), (3, 2, 4), (1, 4, 4), (6, 4, 8)]
+)
+def test_idle_cores_trace_what_may_be_asked_for_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int, cores: int, traced: int
+) -> None:
+    monkeypatch.setattr(traces, "has_imported", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    server: Any = Server()
+    store, configs = store_and_configs(tmp_path / "tiny", server)
+    store.prepare(configs[:asked], ahead=configs[asked - 1 :])
+    assert server.batches == [configs[:traced]]
+
+
+def test_nothing_is_traced_ahead_where_nothing_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "has_imported", lambda: False)
+    server: Any = Server()
+    store, configs = store_and_configs(tmp_path / "tiny", server)
+    store.prepare([], ahead=configs)
+    assert server.batches == []
