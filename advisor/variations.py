@@ -45,11 +45,13 @@ class Seen:
     candidates: dict[RunConfig, Candidate] = field(default_factory=dict)
     fits: dict[RunConfig, int] = field(default_factory=dict)
     fails: dict[RunConfig, int] = field(default_factory=dict)
+    _kin: dict[RunConfig, list[Candidate]] = field(default_factory=dict, repr=False)
 
     def add(self, candidate: Candidate) -> None:
         """Take a candidate up."""
         config, verdict = candidate.config, candidate.prediction.verdict
         self.candidates[config] = candidate
+        self._kin.setdefault(_family(config), []).append(candidate)
         arm, size = self._arm(config), getattr(config, self.size)
         if verdict == "fits":
             self.fits[arm] = max(size, self.fits.get(arm, 0))
@@ -69,11 +71,11 @@ class Seen:
         """
         plain = PLAIN["optimizer"]
         return any(
-            other != config
-            and other.optimizer in (plain, config.optimizer)
-            and _recomputed(other) <= _recomputed(config)
+            candidate.config != config
+            and candidate.config.optimizer in (plain, config.optimizer)
+            and _recomputed(candidate.config) <= _recomputed(config)
             and candidate.prediction.verdict == "fits"
-            for other, candidate in self._alike(config).items()
+            for candidate in self._kin.get(_family(config), ())
         )
 
     def speed_between(self, config: RunConfig) -> float | None:
@@ -83,9 +85,9 @@ class Seen:
         """
         share = _recomputed(config)
         times = {
-            _recomputed(other): 1 / candidate.tokens_per_s
-            for other, candidate in self._alike(config).items()
-            if other.optimizer == config.optimizer and candidate.tokens_per_s
+            _recomputed(candidate.config): 1 / candidate.tokens_per_s
+            for candidate in self._kin.get(_family(config), ())
+            if candidate.config.optimizer == config.optimizer and candidate.tokens_per_s
         }
         less = max((other for other in times if other <= share), default=None)
         more = min((other for other in times if other >= share), default=None)
@@ -98,18 +100,15 @@ class Seen:
         """Return the candidates of these verdicts."""
         return [c for c in self.candidates.values() if c.prediction.verdict in verdicts]
 
-    def _alike(self, config: RunConfig) -> dict[RunConfig, Candidate]:
-        """Return what differs in nothing but checkpointing and optimizer."""
-        return {
-            other: candidate
-            for other, candidate in self.candidates.items()
-            if config.replace(optimizer=other.optimizer, checkpointing=other.checkpointing) == other
-        }
-
     def _arm(self, config: RunConfig) -> RunConfig:
         if self.size == "seq_len":
             return config.replace(seq_len=2)
         return config.replace(micro_batch=1, accumulation=1)
+
+
+def _family(config: RunConfig) -> RunConfig:
+    """Return what stands for all that differ in nothing but checkpointing and optimizer."""
+    return config.replace(optimizer=PLAIN["optimizer"], checkpointing="off")
 
 
 def _recomputed(config: RunConfig) -> float:
