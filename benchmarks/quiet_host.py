@@ -4,8 +4,8 @@
 
 A fixed loop of plain Python runs on every core in turn, several times. On a virtual machine the
 other thread of a core may be somebody else's: the loop then takes half as long again or twice as
-long, and no counter of the machine says so. Ends with 1 where more than a fifth of the loops took
-over 1.2 times the fastest.
+long, and no counter of the machine says so. Names the cores on which no loop took over 1.2 times
+the fastest, and ends with 1 where more than a fifth of all loops did.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Time steps on rows of a data set's lengths, padded to few lengths or to any.
 
-    HF_HUB_OFFLINE=1 python benchmarks/varied_lengths.py --plan PLAN.json [--model smollm2-135m]
+    HF_HUB_OFFLINE=1 python benchmarks/varied_lengths.py [--plan PLAN.json] [--multiples 28,1]
 
 The lengths are those of the plan's data, the step its choice's with other layers (compiled, Liger's
 kernels, plain), the weights and tokens random: neither time nor memory depends on them. Each case
@@ -28,6 +28,8 @@ from lora_advisor.probes.architectures import load_bundled
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.machine import detect_machine, detect_stack
 from lora_advisor.probes.plan import read_plan
+
+PLAN = Path("tests/recordings/plan-smollm2-135m-gsm8k-h100-2026-11-26.json")
 
 
 def train(config: RunConfig, lengths: list[int], multiple: int, seconds: float) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def train(config: RunConfig, lengths: list[int], multiple: int, seconds: float) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--plan", type=Path, default=PLAN, help="Default: one for GSM8K.")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--multiples", default="28,1")
     parser.add_argument("--seconds", type=float, default=30.0)

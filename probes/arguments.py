@@ -14,9 +14,9 @@ from lora_advisor.probes.config import RunConfig
 if TYPE_CHECKING:
     from lora_advisor.probes.finetune import Schedule
 
-#: Lengths that batches may have at most, and at least where they are padded to any; those of rows
-#: that are grouped by length where layers are compiled.
+#: So many lengths batches may have at most, and with fewer than so many they are not padded.
 _LENGTHS = (64, 32)
+#: So many of rows that are grouped by length where layers are compiled.
 _GROUPED_COMPILED_LENGTHS = 4
 
 

@@ -33,7 +33,7 @@ def compile_layers(config: RunConfig, layers: Iterable[Any]) -> None:
         dynamo.recompile_limit = max(dynamo.recompile_limit, _PROGRAMS)
     for layer in layers:
         layer.compile(dynamic=False)
-        if layer._compiled_call_impl is not None:  # as in a trace, which compiles in its own way
+        if layer._compiled_call_impl is not None:  # a trace compiles in its own way, and sets none
             layer._compiled_call_impl = _in_training(layer, layer._compiled_call_impl)
 
 

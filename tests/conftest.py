@@ -1,9 +1,10 @@
-"""What all tests share: no network, and no CUDA tests where torch has no CUDA device."""
+"""What all tests share: no network, no CUDA tests where torch has no CUDA device, a tiny model."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +28,14 @@ def _has_cuda() -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a driver too old for torch is a reason, not a failure
         return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model in fp32, its tokenizer and data; some files have one of their own."""
+    import tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model.save_model(folder)
+    tiny_model.save_rows(folder / "rows.jsonl")
+    return folder

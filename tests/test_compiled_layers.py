@@ -8,22 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_model
 import torch._dynamo
 from tiny_training import config_of, run
 
 from lora_advisor.probes.config import LoraShape
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]  # torch's compiler warns of itself
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, its tokenizer, and rows of many lengths."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model.save_model(folder)
-    tiny_model.save_rows(folder / "rows.jsonl")
-    return folder
 
 
 @pytest.fixture

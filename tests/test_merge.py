@@ -40,15 +40,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model in fp32, its tokenizer and data."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model.save_model(folder)
-    tiny_model.save_rows(folder / "rows.jsonl")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of a LoRA training."""
     folder = tmp_path_factory.mktemp("lora")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_model
 from tiny_training import config_of, run
 
 from lora_advisor.advisor.loss_picture import draw_loss
@@ -42,15 +41,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, its tokenizer and data."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model.save_model(folder)
-    tiny_model.save_rows(folder / "rows.jsonl")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -46,15 +46,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, its tokenizer and data."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_model.save_model(folder)
-    tiny_model.save_rows(folder / "rows.jsonl")
-    return folder
-
-
 def changed_logits(model: Path, adapter: Path) -> float:
     """Reload the adapter the way a user does; return how far it moves the logits."""
     import torch
@@ -100,6 +91,7 @@ def test_training_lowers_the_loss_and_leaves_an_adapter(
     assert result.measured.padded_tokens_per_s is not None
     assert 0 < result.measured.tokens_per_s < result.measured.padded_tokens_per_s
     assert result.predicted == promised
+    assert not (tmp_path / "README.md").exists()  # TRL's card of a model without a name
     assert [report.step for report in (reports[0], reports[-1])] == [1, 12]
     assert reports[-1].seconds_left == 0
     written = json.loads((tmp_path / "result.json").read_text())
