@@ -104,8 +104,13 @@ def _curve(
                  data_tip=f"hold-out after step {x:g}: {y:.3f} nats a token") for x, y in marks],
         )  # fmt: skip
 
-    words = caption if level is None else f"{caption}; predicted {level:,.4g}"
+    words = caption if level is None else f"{caption}; predicted {with_unit(level, label)}"
     return figure(draw, words + ".", entries=entries)
+
+
+def with_unit(value: float, unit: str) -> str:
+    """Return a number as people write it: whole from a hundred on, else to two places."""
+    return f"{value:,.0f} {unit}" if abs(value) >= 100 else f"{value:.2f} {unit}"
 
 
 def _hits(points: Sequence[Progress], frame: Frame) -> list[Element]:

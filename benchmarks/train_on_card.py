@@ -50,7 +50,7 @@ def summary(plan: dict[str, Any], trained: dict[str, Any], seconds: dict[str, fl
         name: {
             "predicted": predicted[name],
             "measured": measured[name],
-            "error": round(predicted[name] / measured[name] - 1, 4),
+            "difference": round(measured[name] / predicted[name] - 1, 4),
         }
         for name in ("train_seconds", "padded_tokens_per_s", "peak_bytes")
         if predicted.get(name) and measured.get(name)

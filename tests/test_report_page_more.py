@@ -19,6 +19,7 @@ from lora_advisor.advisor.page import page
 from lora_advisor.advisor.page_markdown import report_markdown
 from lora_advisor.advisor.page_samples import shortened
 from lora_advisor.advisor.page_source import Source, read_source
+from lora_advisor.advisor.page_training import with_unit
 from lora_advisor.advisor.report_savings import savings_text
 from lora_advisor.advisor.report_scaling import scaling_text
 from lora_advisor.advisor.samples import Sample
@@ -281,3 +282,17 @@ def test_samples_of_an_earlier_training_are_not_shown(trained: Path, tmp_path: P
     source = read_source(copy)
 
     assert source.run is not None and source.run.samples == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "said"),
+    [
+        (56958.87, "tokens/s", "56,959 tokens/s"),
+        (97.26, "tokens/s", "97.26 tokens/s"),
+        (7.2128, "GiB", "7.21 GiB"),
+    ],
+)
+def test_what_was_predicted_is_written_as_people_write_it(
+    value: float, unit: str, said: str
+) -> None:
+    assert with_unit(value, unit) == said
