@@ -64,10 +64,13 @@ class Setup:
         model comes back with its adapter; TRL's trainers take `lora` and put it on themselves.
         """
         from lora_advisor.probes.finetune import prepare_model, with_adapter
+        from lora_advisor.probes.padding_mask import leave_out_padding_mask
         from lora_advisor.probes.weights import keep_trainable
 
         keep_trainable(model)
         prepare_model(self.config, model)
+        if self.config.trainer == "trl":  # its collators pad on the right, as the mask's use asks
+            leave_out_padding_mask(model)
         return with_adapter(self.config, model) if self.config.trainer == "transformers" else model
 
     def callback(self, *, after: int = 10, say: Callable[[str], object] = print) -> Beside:

@@ -7,6 +7,15 @@ from typing import Any
 
 from lora_advisor.advisor.export_data import loading, mapping
 from lora_advisor.advisor.export_words import NO_DATA, Recipe, Rule, Target, call, literal, quoted
+from lora_advisor.advisor.script_parts import (
+    COMPILE,
+    FULL_PRECISION,
+    PADDING,
+    TOKENS,
+    UPCAST,
+    USE_NO_MASK,
+    WITHOUT_MASK,
+)
 from lora_advisor.advisor.user_arguments import training_of
 from lora_advisor.probes.arguments import (
     loading_arguments,
@@ -21,63 +30,23 @@ from lora_advisor.probes.config import RunConfig
 TRL_VERSIONS = {"trl": "1.16", "transformers": "5.23", "peft": "0.21", "bitsandbytes": "0.50"}
 PLAIN_VERSIONS = {"transformers": "5.23", "peft": "0.21", "bitsandbytes": "0.50"}
 
-_UPCAST = """
-    model = prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing={checkpointed},
-        gradient_checkpointing_kwargs={{"use_reentrant": False}},
-    )
-"""
-_COMPILE = """
-    # Compiled code is for one shape, which is why every batch is padded to the full length.
-    for layer in model.get_decoder().modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.compile(dynamic=False)
-"""
-_PADDING = """
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-"""
-_FULL_PRECISION = """
-    # TRL casts the adapters of a 4-bit model to bf16, which fp16's loss scaling cannot unscale.
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad and parameter.dtype == torch.bfloat16:
-            parameter.data = parameter.data.float()
-"""
-_TOKENS = '''
-
-def tokens_of(row, tokenizer):
-    """Turn a row into tokens; no loss is taken on a prompt."""
-    prompt, whole = row.get("prompt") or "", row.get("text") or ""
-    if isinstance(prompt, list) or "messages" in row:
-        turns = row.get("messages") or [*prompt, *row["completion"]]
-        template = tokenizer.apply_chat_template
-        whole = template(turns, tokenize=False)
-        prompt = template(prompt, tokenize=False, add_generation_prompt=True) if prompt else ""
-        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
-        asked = len(tokenizer(prompt, add_special_tokens=False)["input_ids"]) if prompt else 0
-    else:
-        whole = whole or prompt + row["completion"] + tokenizer.eos_token
-        ids = tokenizer(whole)["input_ids"]
-        asked = len(tokenizer(prompt)["input_ids"]) if prompt else 0
-    labels = [-100] * asked + ids[asked:]
-    return {"input_ids": ids[:MAX_LENGTH], "labels": labels[:MAX_LENGTH]}
-'''
-
 
 def _write_trl(config: RunConfig, recipe: Recipe, asked: RunConfig) -> str:
     pairs = config.stage == "dpo"
     made, trainer = ("DPOConfig", "DPOTrainer") if pairs else ("SFTConfig", "SFTTrainer")
     function, apply = ("", "") if pairs else mapping(recipe)
+    padded = not config.packing
+    function += WITHOUT_MASK if padded else ""
     arguments = {**training_of(config, recipe), **_given(trl_arguments(config))}
     body = [
+        USE_NO_MASK.lstrip("\n") if padded else "",
         f"    rows = {loading(recipe)}\n",
         f"    {apply}\n" if apply else "",
         f"    trainer = {trainer}(\n        model=model,\n        args=arguments,\n"
         "        train_dataset=rows,\n        processing_class=tokenizer,\n",
         "" if config.method == "full" else "        peft_config=make_lora(),\n",
         "    )\n",
-        _FULL_PRECISION.lstrip("\n") if config.precision == "fp16" else "",
+        FULL_PRECISION.lstrip("\n") if config.precision == "fp16" else "",
     ]
     libraries = [("trl", f"{made}, {trainer}")]
     return _script(config, recipe, made, arguments, libraries, function, "".join(body))
@@ -105,7 +74,7 @@ def _write_plain(config: RunConfig, recipe: Recipe, asked: RunConfig) -> str:
     names = "DataCollatorForSeq2Seq, Trainer, TrainingArguments"
     return _script(
         config, recipe, "TrainingArguments", training_of(config, recipe),
-        [("transformers", names)], function + _TOKENS, "".join(body),
+        [("transformers", names)], function + TOKENS, "".join(body),
         constants=f"MAX_LENGTH = {config.seq_len}\n",
     )  # fmt: skip
 
@@ -191,14 +160,14 @@ def _load(config: RunConfig, recipe: Recipe) -> str:
         lines += "        quantization_config=make_quantization(),\n"
     code = ", trust_remote_code=True" if recipe.trust_remote_code else ""
     text = f"    tokenizer = AutoTokenizer.from_pretrained(MODEL{code})"
-    text += _PADDING
+    text += PADDING
     text += f"    model = AutoModelForCausalLM.from_pretrained(\n        MODEL,\n{lines}    )\n"
     text += "    model.config.use_cache = False\n"
     if config.fp32_upcast:
         checkpointed = config.checkpoint_every is not None
-        text += _UPCAST.lstrip("\n").format(checkpointed=checkpointed)
+        text += UPCAST.lstrip("\n").format(checkpointed=checkpointed)
     if config.compile == "layers":
-        text += _COMPILE.lstrip("\n")
+        text += COMPILE.lstrip("\n")
     return text
 
 

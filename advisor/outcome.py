@@ -27,15 +27,17 @@ class Predicted:
     Attributes:
         padded_tokens_per_s: Tokens per second, padding included, as `Measured.padded_tokens_per_s`.
         peak_bytes: What the process holds at its peak, as `Measured.peak_bytes`.
-        train_seconds: Time of the steps that were done, evaluation and start left out.
+        train_seconds: Time of the steps that were done, evaluation left out.
         seconds_per_token: Time of a token, padding included, in rows of the data's lengths; what
             `train_seconds` is made of where that is not known yet.
+        start_seconds: What the first steps take longer, by the plan's proof; None without one.
     """
 
     padded_tokens_per_s: float | None = None
     peak_bytes: int | None = None
     train_seconds: float | None = None
     seconds_per_token: float | None = None
+    start_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

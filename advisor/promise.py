@@ -99,7 +99,7 @@ class Costs:
         stepping = (result.warmup_s or 0.0) + sum(result.step_times_s)
         self.starts.append(max(0.0, wall_s - stepping))
         if result.config.compile != "off":
-            self.compilations.append(max(0.0, (result.warmup_s or 0.0) - 2 * result.step_s))
+            self.compilations.append(result.start_s)
 
     def expected_s(self, config: RunConfig, step_s: float | None, steps: int) -> float:
         """Return the seconds that a probe of so many steps is expected to take."""

@@ -28,6 +28,18 @@ def seconds_per_token(plan: Plan) -> float | None:
     return None if not speed else 1 / speed
 
 
+def promised(plan: Plan) -> Predicted:
+    """Return what a plan promises of the training it is for."""
+    ran = plan.chosen.measured
+    memory = plan.chosen.prediction.memory
+    return Predicted(
+        padded_tokens_per_s=plan.tokens_per_s,
+        peak_bytes=memory.process_bytes if ran is None else ran.process_bytes,
+        seconds_per_token=seconds_per_token(plan),
+        start_seconds=None if ran is None else ran.start_s,
+    )
+
+
 def with_train_seconds(predicted: Predicted | None, job: Job, *, steps: int) -> Predicted | None:
     """Return what was promised with the time of so many steps, where it follows from the rest."""
     if predicted is None or predicted.train_seconds is not None:
@@ -35,6 +47,7 @@ def with_train_seconds(predicted: Predicted | None, job: Job, *, steps: int) -> 
     if predicted.seconds_per_token is None:
         return predicted
     seconds = predicted.seconds_per_token * tokens_per_step(job) * steps
+    seconds += predicted.start_seconds or 0.0
     return dataclasses.replace(predicted, train_seconds=seconds)
 
 

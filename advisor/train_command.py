@@ -156,8 +156,7 @@ def _run(
     made: Plan, config: RunConfig, data: Path, device: str, options: dict[str, Any]
 ) -> TrainingResult:
     from lora_advisor.advisor.processes import here
-    from lora_advisor.advisor.time_ahead import seconds_per_token
-    from lora_advisor.advisor.training import Predicted
+    from lora_advisor.advisor.time_ahead import promised
     from lora_advisor.advisor.training import train as run_training
 
     return run_training(
@@ -171,15 +170,7 @@ def _run(
         long_rows=options["long_rows"] or made.spec.long_rows,
         stop_on_overfit=not options["no_stop_on_overfit"],
         resume=not options["restart"],
-        predicted=None
-        if here().size != made.spec.gpus
-        else Predicted(
-            padded_tokens_per_s=made.tokens_per_s,
-            peak_bytes=made.chosen.measured.process_bytes
-            if made.chosen.measured is not None
-            else made.chosen.prediction.memory.process_bytes,
-            seconds_per_token=seconds_per_token(made),
-        ),
+        predicted=None if here().size != made.spec.gpus else promised(made),
         plan=made.to_json(),
         progress=_progress,
         say=_say,

@@ -8,9 +8,9 @@ from typing import Any
 from lora_advisor.probes.config import RunConfig
 
 #: Programs that dynamo may keep of a layer before it gives up and runs it eagerly, without an
-#: error (torch._dynamo.config.recompile_limit, 8 by default). A training needs up to 8 for each
-#: length (the first layer's input wants no gradient, a micro-batch without padding has no mask, an
-#: epoch's last one fewer rows), and as many again after a lack of memory.
+#: error (torch._dynamo.config.recompile_limit, 8 by default). A training needs up to 4 for each
+#: length (the first layer's input wants no gradient, an epoch's last micro-batch has fewer rows),
+#: and as many again after a lack of memory.
 _PROGRAMS = 64
 
 
@@ -18,8 +18,10 @@ def compile_layers(config: RunConfig, layers: Iterable[Any]) -> None:
     """Have each decoder layer compiled when it first runs in training mode.
 
     Evaluations run the layers as they are: theirs are batches of other sizes without gradients, and
-    their programs would use up what dynamo keeps. Packed micro-batches are of any length, so that
-    dynamo shall give up on them after its usual number.
+    their programs would use up what dynamo keeps. So does what is left of an epoch for its last
+    micro-batch, if that is half of one or less: its compilation would take longer than its pass.
+    Packed micro-batches are of any length, so that dynamo shall give up on them after its usual
+    number.
 
     A generator among a graph's inputs, which checkpointed attention has on CUDA for a dropout of
     zero too, keeps compiled code out of Inductor's cache (`GraphSafeRunWithRngState` in
@@ -31,17 +33,26 @@ def compile_layers(config: RunConfig, layers: Iterable[Any]) -> None:
     functorch.graphsafe_rng_functionalization = False
     if not config.packing:
         dynamo.recompile_limit = max(dynamo.recompile_limit, _PROGRAMS)
+    half = 0 if config.packing else config.sequences // 2
     for layer in layers:
         layer.compile(dynamic=False)
         if layer._compiled_call_impl is not None:  # a trace compiles in its own way, and sets none
-            layer._compiled_call_impl = _in_training(layer, layer._compiled_call_impl)
+            program = layer._compiled_call_impl
+            layer._compiled_call_impl = _in_training(layer, program, more_than=half)
 
 
-def _in_training(layer: Any, compiled: Any) -> Any:
-    """Return what a compiled layer's call is: its program while it trains, else itself."""
+def _in_training(layer: Any, compiled: Any, *, more_than: int) -> Any:
+    """Return what a compiled layer's call is: its program while it trains, else itself.
+
+    Args:
+        layer: The layer.
+        compiled: Calls its program.
+        more_than: Sequences that are not worth a program.
+    """
 
     def call(*arguments: Any, **words: Any) -> Any:
-        run = compiled if layer.training else layer._call_impl
-        return run(*arguments, **words)
+        states = arguments[0] if arguments else words["hidden_states"]
+        worth_it = layer.training and states.shape[0] > more_than
+        return (compiled if worth_it else layer._call_impl)(*arguments, **words)
 
     return call

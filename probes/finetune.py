@@ -19,6 +19,7 @@ from lora_advisor.probes.arguments import padding_multiple, training_arguments, 
 from lora_advisor.probes.batching import order_by_length
 from lora_advisor.probes.compiled_layers import compile_layers
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.padding_mask import leave_out_padding_mask
 from lora_advisor.probes.randomness import draws_numbers
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def build_trainer(
         callbacks: transformers' TrainerCallbacks.
     """
     prepare_model(config, model)
+    leave_out_padding_mask(model)  # its collators pad on the right
     arguments = training_arguments(config, schedule, device=device)
     checkpointing = arguments["activation_checkpointing_kwargs"]
     if checkpointing is not None and not draws_numbers(config, model):

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import DataError, OutputError, UsageError
+from lora_advisor.probes.exchange import LEAST_WARMUP_STEPS
 from lora_advisor.probes.machine import Machine, Stack
 from lora_advisor.probes.nvml import POWER_CAP
 
@@ -103,6 +104,11 @@ class ProbeResult:
     def step_s(self) -> float | None:
         """Median wall time of a measured step, in seconds."""
         return statistics.median(self.step_times_s) if self.step_times_s else None
+
+    @property
+    def start_s(self) -> float:
+        """Seconds that the first steps took over their later time: compilation, above all."""
+        return max(0.0, (self.warmup_s or 0.0) - LEAST_WARMUP_STEPS * (self.step_s or 0.0))
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -308,10 +308,13 @@ def _quiet() -> Iterator[None]:
     import logging as levels
     import warnings
 
+    import datasets
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity(levels.ERROR)
+    bars = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()  # of packing the rows of a trace
     # Logs the stack of what it raises, which `_refusal` says in one sentence.
     fake_tensor = levels.getLogger("torch._subclasses.fake_tensor")
     disabled, fake_tensor.disabled = fake_tensor.disabled, True
@@ -322,6 +325,8 @@ def _quiet() -> Iterator[None]:
     finally:
         fake_tensor.disabled = disabled
         logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _dispatch_mode() -> type:

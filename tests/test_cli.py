@@ -586,13 +586,14 @@ def test_a_plan_killed_in_the_middle_of_a_probe_goes_on(tiny: str, tmp_path: Pat
     assert record.read_bytes().startswith(before)
     plan = json.loads(log.read_text("utf-8").splitlines()[-1])
     results = read_records(record)
-    assert plan["reused"] == len(kept)
+    assert plan["reused"] == sum(not one.doubts for one in kept)
     # A fresh plan probes these too: what was kept did not run again. A doubtful time, as on a busy
     # machine, is measured twice and counts as one probe.
     new = results[len(kept) :]
     doubtful = sum(bool(result.doubts) for result in new)
     assert max(1, len(new) - doubtful) <= plan["probes"] <= len(new)
-    assert all(result.config != kept[0].config for result in results[1:])
+    if not kept[0].doubts:
+        assert all(result.config != kept[0].config for result in results[1:])
     assert plan["chosen"]["measured"]["outcome"] == "ok"
 
 

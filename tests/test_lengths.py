@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-#: GSM8K (MIT), where the workplace has it; it is not part of the repository.
+#: GSM8K (MIT), where it lies beside the repository, of which it is no part.
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
 
 
@@ -165,7 +165,7 @@ def test_grouping_and_packing_save_what_padding_costs_on_gsm8k(tmp_path: Path, t
     from lora_advisor.probes.tokens import load_tokenizer, tokenize
 
     if not GSM8K.exists():
-        pytest.skip("needs gsm8k_train.jsonl of the workplace")
+        pytest.skip("needs gsm8k_train.jsonl beside the repository")
     some = tmp_path / "some.jsonl"
     some.write_text("".join(GSM8K.read_text("utf-8").splitlines(keepends=True)[:1500]), "utf-8")
     tokenizer = load_tokenizer(resolve_architecture(str(real_model.smollm2_folder())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from traced_once import save_figures
 
 from lora_advisor.advisor.datafit import summarise_pairs
 from lora_advisor.advisor.space import baseline_config
-from lora_advisor.advisor.time_ahead import seconds_per_token
+from lora_advisor.advisor.time_ahead import promised, seconds_per_token
 from lora_advisor.cli import main
 from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes.architectures import resolve_architecture
@@ -144,7 +145,9 @@ def test_pairs_are_learnt_against_the_model_without_its_adapter(folder: str, ada
         load_model(config, resolve_architecture(folder), "cpu"),
         rows=as_trained(config, random_rows(16, 24, 259)),
         tokenizer=padding_tokenizer(259),
-        schedule=Schedule(max_steps=30, learning_rate=3e-3, logging_steps=1),
+        schedule=Schedule(
+            max_steps=30, learning_rate=3e-3, logging_steps=1, output_dir=tempfile.gettempdir()
+        ),
         device="cpu",
     )
     trainer.remove_callback(PrinterCallback)
@@ -184,7 +187,7 @@ def test_layers_stay_checkpointed_as_asked_after_the_first_reference(
         load_model(config, resolve_architecture(folder), "cpu"),
         rows=as_trained(config, random_rows(12, 24, 259)),
         tokenizer=padding_tokenizer(259),
-        schedule=Schedule(max_steps=3),
+        schedule=Schedule(max_steps=3, output_dir=tempfile.gettempdir()),
         device="cpu",
         callbacks=[Look()],
     )
@@ -283,6 +286,9 @@ def test_a_plan_with_pairs_prices_a_pass_over_them(
     assert data.tokens < batching.computed_tokens <= 2 * 30 * 62
     assert batching.seconds is not None and plan.epoch_s == batching.seconds.value
     assert seconds_per_token(plan) == batching.seconds.value / batching.computed_tokens
+    promise = promised(plan)
+    assert promise.start_seconds is None  # no run has told
+    assert promise.peak_bytes == plan.chosen.prediction.memory.process_bytes
 
     cut, seq_len = summarise_pairs(tmp_path / "pairs.jsonl", plan.architecture, 60)
     assert (seq_len, cut.length_counts[-1][0]) == (60, 60)

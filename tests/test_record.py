@@ -81,6 +81,13 @@ def test_the_median_step_gives_speed_and_energy() -> None:
     assert result().joules_per_token == pytest.approx(0.025)  # 153.6 J over 3 steps of 2048 tokens
 
 
+@pytest.mark.parametrize(("warmup_s", "start_s"), [(None, 0.0), (0.9, 0.0), (5.0, 4.0)])
+def test_the_start_is_what_the_first_two_steps_took_longer(
+    warmup_s: float | None, start_s: float
+) -> None:
+    assert dataclasses.replace(result(), warmup_s=warmup_s).start_s == start_s
+
+
 def test_a_result_without_steps_has_no_speed() -> None:
     empty = dataclasses.replace(result("failed"), step_times_s=())
     assert (empty.step_s, empty.tokens_per_s, empty.joules_per_token) == (None, None, None)

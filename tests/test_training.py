@@ -31,7 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
-#: GSM8K (MIT), where the workplace has it; it is not part of the repository.
+#: GSM8K (MIT), where it lies beside the repository, of which it is no part.
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
 
 

@@ -74,7 +74,7 @@ def pairs_of(tiny: Path, **changes: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def unbroken(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     folder = tmp_path_factory.mktemp("unbroken")
-    promised = Predicted(padded_tokens_per_s=1000.0, seconds_per_token=1e-3)
+    promised = Predicted(padded_tokens_per_s=1000.0, seconds_per_token=1e-3, start_seconds=7.0)
     return run(pairs_of(tiny), tiny / "pairs.jsonl", folder, predicted=promised)
 
 
@@ -147,7 +147,7 @@ def test_the_time_of_the_steps_is_that_of_the_tokens_to_come(
     assert (epoch.optimizer_steps, unbroken.steps) == (9, 12)
     promised, came = unbroken.predicted, unbroken.measured.train_seconds
     assert promised is not None and promised.train_seconds is not None
-    assert promised.train_seconds == pytest.approx(1e-3 * epoch.computed_tokens / 9 * 12)
+    assert promised.train_seconds == pytest.approx(7.0 + 1e-3 * epoch.computed_tokens / 9 * 12)
     row = next(at for at in training_text(unbroken).splitlines() if at.startswith("time of"))
     assert row.split()[-1] == f"{came / promised.train_seconds - 1:+.1%}"
 

@@ -1,0 +1,37 @@
+"""Training on padded rows as on full ones: no mask for what is padded on the right.
+
+A padding mask switches attention to a slower, larger path: none of the flash kernels takes one, K
+and V are repeated for grouped queries, and the host reads the mask back to see whether it hides
+anything (transformers/masking_utils.py). Rows that are padded on the right do not need it: in
+causal attention no token of a row sees what stands behind it, and padding has no label.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def leave_out_padding_mask(model: Any) -> bool:
+    """Have a model's decoder take no padding mask while it trains; return whether it does.
+
+    The mask that the trainer gives stays where it is: it counts tokens by it. Evaluation and
+    generation, whose rows may be padded on the left, keep theirs, and so does a model whose tokens
+    see what follows them.
+
+    Args:
+        model: Trained on rows that are padded on the right, and on no others.
+    """
+    text = model.config.get_text_config()
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    if decoder is None or getattr(text, "use_bidirectional_attention", False):
+        return False
+    decoder.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    return True
+
+
+def _without_mask(decoder: Any, arguments: Any, words: dict[str, Any]) -> Any:
+    mask = words.get("attention_mask")
+    # One of four dimensions, or one for each kind of layer, says more than what is padding.
+    if decoder.training and getattr(mask, "ndim", 0) == 2:
+        words = {**words, "attention_mask": None}
+    return arguments, words
