@@ -111,15 +111,17 @@ def unsloth(
             }), "utf-8")  # fmt: skip
             paths = os.pathsep.join([str(where), os.environ.get("PYTHONPATH", "")])
             script = Path(__file__).with_name("unsloth_step.py").resolve()
-            try:
-                done = subprocess.run(
-                    [sys.executable, str(script), str(request), str(answers)], cwd=name,
-                    env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(20.0, left / 2),
-                )  # fmt: skip
-                said = done.stdout[-1500:] if done.returncode else ""
-            except subprocess.TimeoutExpired:
-                said = "no time left"
+            log, said = Path(name) / "log.txt", ""
+            with log.open("w") as stream:
+                try:
+                    done = subprocess.run(
+                        [sys.executable, str(script), str(request), str(answers)], cwd=name,
+                        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+                        stdout=stream, stderr=subprocess.STDOUT, timeout=max(20.0, left / 2),
+                    )  # fmt: skip
+                    said = log.read_text("utf-8")[-1500:] if done.returncode else ""
+                except subprocess.TimeoutExpired:
+                    said = f"{log.read_text('utf-8')[-1500:]}\nno time left"
             lines = answers.read_text("utf-8").splitlines() if answers.is_file() else []
             if said:
                 print(said, flush=True)
@@ -161,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--plan", type=Path, required=True)
     parser.add_argument("--unsloth", type=Path, default=None)
+    parser.add_argument("--weights", type=Path, default=None, help="Where random ones are kept.")
     parser.add_argument("--cap", type=float, default=7.4, help="GiB the allocator may take.")
     parser.add_argument("--sizes", default="2,4,8,12,16,24,32,48")
     parser.add_argument("--until", type=float, default=540.0, help="Start nothing after this.")
@@ -186,8 +189,8 @@ def main() -> None:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
     with TemporaryDirectory() as name:
-        folder = Path(name) / "model"
-        if arguments.unsloth is not None:
+        folder = arguments.weights or Path(name) / "model"
+        if arguments.unsloth is not None and not folder.exists():
             code = f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import contenders"
             code += "; from pathlib import Path; p = contenders.read_plan(Path(sys.argv[1])); "
             code += "contenders.save_random(p.chosen.config, p.architecture, Path(sys.argv[2]))"

@@ -4,10 +4,11 @@
     python benchmarks/profile_step.py --draw profile.json --out docs/step-profile.png
 
 The step is the plan's own (`build_trainer`), on random weights and full rows, some steps of it
-under PyTorch's profiler. A kernel belongs to what launched it: recomputation is what a decoder
-layer launches while gradients are computed. The limit is that of matrix products alone: 4 N
-operations a token (forward, and the gradients of activations, of N weights that are not trained),
-without recomputation, at the speed of a large bf16 product, measured in the same run.
+under PyTorch's profiler. A kernel belongs to what launched it; compiled layers recompute within
+their backward programs, so the picture sets as much aside for that as their forward took. The limit
+is that of matrix products alone: 4 N operations a token (forward, and the gradients of activations,
+of N weights that are not trained), without recomputation, at the speed of a large bf16 product,
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ KINDS = (
     ("copies and fills", r"memcpy|memset|copy_|FillFunctor"),
     ("pointwise and norms", r""),
 )
-PHASES = ("forward", "recomputation", "backward", "optimizer", "else")
+#: Kernels that are kept by name.
+_LONGEST = 40
+PHASES = ("forward", "backward", "optimizer", "else")
+#: What a forward pass does outside its layers, which is not recomputed.
+_OUTSIDE = ("loss head", "copies and fills")
 
 
 def products_per_s() -> float:
@@ -66,12 +71,7 @@ def measure(plan: Plan, out: Path) -> None:
     from transformers import PrinterCallback, TrainerCallback
 
     from lora_advisor.probes.collator import random_rows
-    from lora_advisor.probes.finetune import (
-        Schedule,
-        build_trainer,
-        decoder_layers,
-        padding_tokenizer,
-    )
+    from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
     from lora_advisor.probes.weights import load_model
 
     speed = products_per_s()
@@ -112,16 +112,13 @@ def measure(plan: Plan, out: Path) -> None:
             schedule=Schedule(max_steps=warmup + steps + profiled, output_dir=name),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        for layer in decoder_layers(model):
-            _marked(layer, "_compiled_call_impl" if layer._compiled_call_impl else "forward",
-                    "layer")  # fmt: skip
         _marked(trainer, "compute_loss", "forward")
         _marked(trainer.accelerator, "backward", "backward")
         trainer.train()
         profiler.stop()
         trace = Path(name) / "trace.json"
         profiler.export_chrome_trace(str(trace))
-        kernels, span = kernels_of(json.loads(trace.read_text("utf-8"))["traceEvents"])
+        kernels, span, names = kernels_of(json.loads(trace.read_text("utf-8"))["traceEvents"])
     measured = statistics.median(times[warmup : warmup + steps])
     table = {p: {k: round(ms / profiled, 3) for k, ms in kernels[p].items()} for p in kernels}
     found = {
@@ -137,6 +134,10 @@ def measure(plan: Plan, out: Path) -> None:
         "limit_tokens_per_s": round(speed / (4 * weights)),
         "device_ms": round(sum(sum(kinds.values()) for kinds in table.values()), 2),
         "kernels_ms": table,
+        "longest_ms": {
+            name: round(ms / profiled, 3)
+            for name, ms in sorted(names.items(), key=lambda item: -item[1])[:_LONGEST]
+        },
     }
     out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     print(json.dumps(found, indent=1))
@@ -167,8 +168,10 @@ def _marked(owner: Any, name: str, mark: str) -> None:
     vars(owner)[name] = call
 
 
-def kernels_of(events: list[dict[str, Any]]) -> tuple[dict[str, dict[str, float]], float]:
-    """Return the milliseconds of kernels by phase and kind, and from the first to the last."""
+def kernels_of(
+    events: list[dict[str, Any]],
+) -> tuple[dict[str, dict[str, float]], float, dict[str, float]]:
+    """Return milliseconds of kernels by phase and kind, from the first to the last, and by name."""
     marks: dict[str, list[tuple[float, float]]] = defaultdict(list)
     launched: dict[int, float] = {}
     kernels = []
@@ -189,17 +192,36 @@ def kernels_of(events: list[dict[str, Any]]) -> tuple[dict[str, dict[str, float]
         return index >= 0 and at <= ranges[index][1]
 
     found: dict[str, dict[str, float]] = {phase: defaultdict(float) for phase in PHASES}
+    names: dict[str, float] = defaultdict(float)
     for event in kernels:
         at = launched.get(event["args"].get("correlation", -1), event["ts"])
-        if inside("backward", at):
-            phase = "recomputation" if inside("layer", at) else "backward"
-        else:
-            phase = next((p for p in ("optimizer", "forward") if inside(p, at)), "else")
+        phase = next((p for p in PHASES[:-1] if inside(p, at)), "else")
         kind = next(kind for kind, pattern in KINDS if re.search(pattern, event["name"], re.I))
         found[phase][kind] += event["dur"] / 1000
+        names[f"{phase}: {kind}: {event['name'][:90]}"] += event["dur"] / 1000
     begin = min(event["ts"] for event in kernels)
     end = max(event["ts"] + event["dur"] for event in kernels)
-    return {phase: dict(kinds) for phase, kinds in found.items()}, (end - begin) / 1000
+    by_phase = {phase: dict(kinds) for phase, kinds in found.items()}
+    return by_phase, (end - begin) / 1000, names
+
+
+def with_recomputation(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return the milliseconds with what is recomputed apart: as much as the layers' forward."""
+    table = {phase: dict(found["kernels_ms"][phase]) for phase in PHASES}
+    share = {"full": 1.0, "offload": 1.0, "every_2": 0.5, "every_4": 0.25}
+    again = share.get(found["config"]["checkpointing"], 0.0)
+    if not again:
+        return table
+    forward, backward = table["forward"], table["backward"]
+    apart = {k: again * ms for k, ms in forward.items() if k not in _OUTSIDE}
+    left = {kind: ms - apart.get(kind, 0.0) for kind, ms in backward.items()}
+    return {
+        "forward": forward,
+        "recomputation": apart,
+        "backward": left,
+        "optimizer": table["optimizer"],
+        "else": table["else"],
+    }
 
 
 def draw(found: dict[str, Any], out: Path) -> None:
@@ -209,12 +231,13 @@ def draw(found: dict[str, Any], out: Path) -> None:
     colours = ("#2f6f9f", "#e08a3c", "#5b9b6b", "#8d6bb0", "#b34d5a", "#8a8a8a", "#c9b458")
     figure = Figure(figsize=(8.2, 4.0), layout="constrained")
     axes = figure.subplots()
-    phases = [phase for phase in PHASES if sum(found["kernels_ms"][phase].values()) > 0.05]
+    table = with_recomputation(found)
+    phases = [phase for phase in table if sum(table[phase].values()) > 0.05]
     idle = max(0.0, found["step_ms"] - found["device_ms"])
     labels = [*phases, "device waits"]
     left = [0.0] * len(phases)
     for (kind, _), colour in zip(KINDS, colours, strict=True):
-        widths = [found["kernels_ms"][phase].get(kind, 0.0) for phase in phases]
+        widths = [table[phase].get(kind, 0.0) for phase in phases]
         if sum(widths) > 0:
             axes.barh(range(len(phases)), widths, left=left, color=colour, label=kind, height=0.62)
         left = [a + b for a, b in zip(left, widths, strict=True)]
