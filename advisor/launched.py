@@ -75,6 +75,8 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 def take_own_card(launch: Launch) -> None:
     """Let this process see its own card alone, so that it is the first one for all that asks.
 
+    A process that is the only one takes the first it sees.
+
     LOCAL_RANK numbers the cards that a process sees (accelerate/state.py, `set_device`), so it is 0
     then. NCCL finds the others' cards by their bus, seen or not (nccl/src/transport/p2p.cc).
 
@@ -82,6 +84,7 @@ def take_own_card(launch: Launch) -> None:
         UnavailableError: There are fewer cards than processes.
     """
     if launch.size == 1:
+        nvml.see_first_only()
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     cards = (

@@ -58,6 +58,15 @@ def device_count() -> int:
     return 0 if nvml is None or _device(nvml) is None else int(nvml.nvmlDeviceGetCount())
 
 
+def see_first_only() -> None:
+    """Let this process see the first visible GPU alone, before it makes a CUDA context.
+
+    Of several, transformers' Trainer would take all (`nn.DataParallel`), which TRL refuses.
+    """
+    os.environ["CUDA_DEVICE_ORDER"] = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    os.environ["CUDA_VISIBLE_DEVICES"] = _first_visible()
+
+
 def device_name() -> str | None:
     """Return the name as the driver reports it."""
     return _ask(lambda nvml, gpu: str(nvml.nvmlDeviceGetName(gpu)))
@@ -208,10 +217,15 @@ def _library() -> ModuleType | None:
     return pynvml  # type: ignore[no-any-return]
 
 
+def _first_visible() -> str:
+    """Return what CUDA_VISIBLE_DEVICES calls the first GPU; "" or "-1" where it hides all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "0" if visible is None else visible.split(",")[0].strip()
+
+
 def _device(nvml: ModuleType) -> Any:
     """Return the handle of the first visible GPU, or None."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    first = "0" if visible is None else visible.split(",")[0].strip()
+    first = _first_visible()
     try:
         if first.isdigit():
             return nvml.nvmlDeviceGetHandleByIndex(int(first))

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_advisor.probes import nvml
 from lora_advisor.probes.errors import AdvisorError, UsageError
 from lora_advisor.probes.exchange import Answer, Request
 from lora_advisor.probes.meter import CudaMeter, Memory, Meter, open_meter
@@ -82,7 +83,7 @@ def set_environment(request: Request) -> None:
     if request.config.allocator == "expandable_segments":
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as NVML counts
+    nvml.see_first_only()
     if request.architecture.weights is None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -267,7 +268,7 @@ def first_line(error: BaseException) -> str:
 
 def context_bytes() -> int | None:
     """Return what a process holds on the GPU once it has multiplied two matrices."""
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as NVML counts
+    nvml.see_first_only()
     meter = CudaMeter(None)
     import torch
 

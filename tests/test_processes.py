@@ -288,13 +288,29 @@ def test_each_process_sees_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-12ab")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    take_own_card(Launch())
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,GPU-12ab"
     with pytest.raises(UnavailableError, match="3 processes and 2 cards; start 2 of them"):
         take_own_card(Launch(rank=1, size=3))
     take_own_card(Launch(rank=1, size=2))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-12ab"
     assert os.environ["LOCAL_RANK"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [(None, "0"), ("4,GPU-12ab", "4"), (" GPU-12ab, 0", "GPU-12ab"), ("", "")]
+)
+def test_a_process_alone_sees_one_card(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, seen: str
+) -> None:
+    import os
+
+    for name in ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "set, so that it is set back")
+        monkeypatch.delenv(name)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    take_own_card(Launch())
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"  # as NVML counts
 
 
 def test_a_step_is_shared_alike_or_not_at_all() -> None:

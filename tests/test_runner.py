@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -322,6 +323,26 @@ def test_the_cap_is_what_the_context_and_the_reserve_leave() -> None:
     assert capped_bytes(8 * GIB, 618 * 2**20, 0) == 7_941_914_624  # 8192 - 618 = 7574 MiB
     with pytest.raises(UsageError, match=r"0\.50 GiB less 0\.60 GiB and 0\.00 GiB leaves nothing"):
         capped_bytes(GIB // 2, 618 * 2**20, 0)
+
+
+def test_a_probe_on_a_host_of_several_gpus_sees_the_first_that_is_visible() -> None:
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from lora_advisor.probes.exchange import Request\n"
+        "from lora_advisor.probes.worker import set_environment\n"
+        "set_environment(Request.read(Path(sys.argv[1])))\n"
+        "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['CUDA_DEVICE_ORDER'])"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "request.json"
+        Request(config=RunConfig.from_json(CONFIG), architecture=tiny(), device="cuda").write(file)
+        for visible, seen in (("0,1", "0"), ("3", "3"), ("GPU-12ab,0", "GPU-12ab"), ("-1", "-1")):
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
+            said = subprocess.run(
+                [sys.executable, "-c", code, str(file)],
+                env=environment, check=True, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            assert said.stdout.split() == [seen, "PCI_BUS_ID"]
 
 
 def test_a_cpu_has_no_context() -> None:
