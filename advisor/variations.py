@@ -16,7 +16,6 @@ from lora_advisor.probes.plan import Candidate
 
 #: What is plain: taken where another is no faster.
 PLAIN = {
-    "allocator": "default",
     "optimizer": "adamw_torch_fused",
     "kernels": "none",
     "compile": "off",
