@@ -59,7 +59,7 @@ def _paint(drawn: FitMap, figure: Any, axes: Axes) -> None:
     mesh = axes.imshow(process, cmap="cividis", norm=norm, origin="lower", aspect="auto")
     extend = "max" if process.max() > top else "neither"
     bar = figure.colorbar(mesh, ax=axes, extend=extend)
-    bar.set_label("GiB the process would hold if free to (beyond the limit: at least)")
+    bar.set_label("GiB the process would hold if free to\n(beyond the limit: at least)")
     limit = drawn.limit_bytes / GIB
     if norm.vmin is not None and norm.vmin < limit < top:
         bar.ax.axhline(limit, color="white", linewidth=2)

@@ -65,7 +65,8 @@ def _title(source: Source) -> str:
         lines.append(status_text(run)[0])
     facts = run_facts(source) if run is not None else [] if plan is None else plan_facts(plan)
     told = [f"{fact.name.lower()} {fact.value} ({fact.known})" for fact in facts[:4]]
-    return "\n".join([*lines, ", ".join(told)])
+    pairs = [", ".join(told[at : at + 2]) for at in range(0, len(told), 2)]
+    return "\n".join([*lines, *pairs])
 
 
 def _charts(source: Source, drawn: FitMap | None) -> list[Draw]:

@@ -208,8 +208,8 @@ def _allocators(spec: Spec) -> tuple[str, ...]:
 
     Rows of a user's data differ in how many of their tokens have a loss, so tensors of the loss
     differ in size from batch to batch, and segments that do not expand pile up: a training that
-    was to hold 5.2 GiB held 6.4 after an epoch (benchmarks/results/train_gsm8k_h100_2026-11-27.json,
-    "sft"), one whose segments expand what was promised ("dpo").
+    was to hold 5.2 GiB held 6.4 after an epoch, one whose segments expand what was promised ("sft"
+    and "dpo" in benchmarks/results/train_gsm8k_h100_2026-11-27.json).
     """
     plain, expandable = "default", "expandable_segments"
     return (plain, expandable) if spec.data is None else (expandable, plain)

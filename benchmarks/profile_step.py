@@ -31,18 +31,17 @@ from lora_advisor.probes.plan import Plan, read_plan
 #: What a kernel does, by its name, the first that matches.
 KINDS = (
     ("4-bit weights read", r"dequant|kDequantize"),
-    ("attention", r"flash|fmha|attention|sdpa|cudnn_generated"),
+    ("attention", r"flash|fmha|attention|sdpa|cudnn"),
     ("loss head", r"^_forward_kernel|^_backward_kernel|cross_entropy|log_softmax"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|splitK|dot_kernel"),
     ("optimizer and clipping", r"multi_tensor|adam|optimizer|lpnorm"),
-    ("copies and fills", r"memcpy|memset|copy_|FillFunctor"),
-    ("pointwise and norms", r""),
+    ("pointwise, norms, copies", r""),
 )
 #: Kernels that are kept by name.
 _LONGEST = 40
 PHASES = ("forward", "backward", "optimizer", "else")
 #: What a forward pass does outside its layers, which is not recomputed.
-_OUTSIDE = ("loss head", "copies and fills")
+_OUTSIDE = ("loss head",)
 
 
 def products_per_s() -> float:
@@ -228,11 +227,11 @@ def draw(found: dict[str, Any], out: Path) -> None:
     """Draw what a step's time goes to, by what it is for and what does it."""
     from matplotlib.figure import Figure
 
-    colours = ("#2f6f9f", "#e08a3c", "#5b9b6b", "#8d6bb0", "#b34d5a", "#8a8a8a", "#c9b458")
+    colours = ("#2f6f9f", "#e08a3c", "#5b9b6b", "#8d6bb0", "#b34d5a", "#8a8a8a")
     figure = Figure(figsize=(8.2, 4.0), layout="constrained")
     axes = figure.subplots()
     table = with_recomputation(found)
-    phases = [phase for phase in table if sum(table[phase].values()) > 0.05]
+    phases = [p for p in table if sum(table[p].values()) > 0.005 * found["step_ms"]]
     idle = max(0.0, found["step_ms"] - found["device_ms"])
     labels = [*phases, "device waits"]
     left = [0.0] * len(phases)

@@ -1,9 +1,11 @@
-"""Make the example report of the documentation: docs/report-example.html and its picture.
+"""Make the example reports of the documentation, each a page and a picture.
 
     python benchmarks/report_example.py
 
-The plan is the one that an H100 held to 8 GiB left in tests/recordings/regret; it knows what was
-expected of each of its probes. The page's map is traced: minutes where it is not cached.
+docs/report-example is of a plan, the one that an H100 held to 8 GiB left in
+tests/recordings/regret; it knows what was expected of each of its probes. docs/report-example-run
+is of a training on such a card (`train_on_card.py`), from what its folder held, weights, tokenizer
+and data left out. The pages' maps are traced: minutes where they are not cached.
 """
 
 from __future__ import annotations
@@ -14,13 +16,21 @@ from pathlib import Path
 from lora_advisor.cli import main as lora_advisor
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAN = ROOT / "tests/recordings/regret/plan-qwen2.5-1.5b-1024.json"
+RECORDINGS = ROOT / "tests/recordings"
+EXAMPLES = {
+    "report-example": RECORDINGS / "regret/plan-qwen2.5-1.5b-1024.json",
+    "report-example-run": RECORDINGS / "run-smollm2-gsm8k-h100-2026-11-27",
+}
 DOCS = ROOT / "docs"
 
 
 def main() -> int:
-    page, picture = DOCS / "report-example.html", DOCS / "report-example.png"
-    return lora_advisor(["report", str(PLAN), "--out", str(page), "--png", str(picture)])
+    ends = []
+    for name, source in EXAMPLES.items():
+        page, picture = DOCS / f"{name}.html", DOCS / f"{name}.png"
+        words = ["report", str(source), "--out", str(page), "--png", str(picture)]
+        ends.append(lora_advisor(words))
+    return max(ends)
 
 
 if __name__ == "__main__":
