@@ -16,10 +16,9 @@ from pathlib import Path
 from lora_advisor.cli import main as lora_advisor
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORDINGS = ROOT / "tests/recordings"
 EXAMPLES = {
-    "report-example": RECORDINGS / "regret/plan-qwen2.5-1.5b-1024.json",
-    "report-example-run": RECORDINGS / "run-smollm2-gsm8k-h100-2026-11-27",
+    "report-example": ROOT / "tests/recordings/regret/plan-qwen2.5-1.5b-1024.json",
+    "report-example-run": ROOT / "benchmarks/results/run-smollm2-gsm8k-h100-2026-11-27",
 }
 DOCS = ROOT / "docs"
 
