@@ -6,7 +6,9 @@ Contenders, each on full rows of random tokens and in a fresh process: the plan'
 again at the end); TRL's SFTTrainer and transformers' Trainer with their defaults (8 rows); the same
 with every micro-batch of --sizes, with LoRA and with QLoRA; and Unsloth, whose packages are in
 FOLDER (it asks for older transformers and trl than this project), with LoRA and QLoRA and every
-micro-batch until memory runs out. What counts is each contender's best. OUT gets all runs.
+micro-batch until memory runs out. The two trainers run with this project's settings against waits
+of the host (`build_trainer`), which favours them. What counts is each contender's best. OUT gets
+all runs.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ def compile_layers(config: RunConfig, layers: Iterable[Any]) -> None:
     """Have each decoder layer compiled when it first runs in training mode.
 
     Evaluations run the layers as they are: theirs are batches of other sizes without gradients, and
-    their programs would use up what dynamo keeps. So does what is left of an epoch for its last
-    micro-batch, if that is half of one or less: its compilation would take longer than its pass.
+    their programs would use up what dynamo keeps. An epoch's last micro-batch runs so too where it
+    has half of the rows or fewer: its compilation would take longer than its pass.
     Packed micro-batches are of any length, so that dynamo shall give up on them after its usual
     number.
 

@@ -63,7 +63,7 @@ def see_first_only() -> None:
 
     Of several, transformers' Trainer would take all (`nn.DataParallel`), which TRL refuses.
     """
-    os.environ["CUDA_DEVICE_ORDER"] = os.environ.get("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as NVML counts
     os.environ["CUDA_VISIBLE_DEVICES"] = _first_visible()
 
 
