@@ -26,7 +26,7 @@ from lora_advisor.advisor.scaling import for_all_cards, one_card, set_aside
 from lora_advisor.advisor.search import search
 from lora_advisor.advisor.session import Probe, Say, Session, prober, reuse, run
 from lora_advisor.advisor.space import baseline_config, build_space
-from lora_advisor.advisor.study_file import check_study_file, write_study
+from lora_advisor.advisor.study_file import check_study_file, get_ready, write_study
 from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
 from lora_advisor.probes.cards import Card, card_of, find_card
@@ -89,6 +89,8 @@ def make_plan(
     if spec.device == "cuda" or _will_trace(spec, architecture, cache):
         # Its imports go on while the first questions are answered here.
         server = ForkServer.of(architecture)
+        if study_file is not None:
+            get_ready()
     session = _open(spec, architecture, say, cache, server)
     session.predictor.store.server = server
     session.prices = None if prices is None else tuple(prices)
@@ -140,8 +142,6 @@ def _open(
         card = card_of(machine) if spec.device == "cuda" else None
     traced = TraceCache(cache)
     if server is not None and not spec.trust_remote_code:
-        import optuna  # noqa: F401 - here, while the server imports as well
-
         learn_attention(architecture, traced, server)
     space = build_space(spec, machine, stack, card, cache=traced)
     context = None

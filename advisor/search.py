@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_advisor.advisor.predictor import Predictor
+from lora_advisor.advisor.seen import PLAIN, Seen
 from lora_advisor.advisor.space import Space
 from lora_advisor.advisor.traces import REGULAR_TOKENS
-from lora_advisor.advisor.variations import EVERYWHERE, PLAIN, Seen, legal, varied_choices
+from lora_advisor.advisor.variations import EVERYWHERE, legal, varied_choices
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.plan import Candidate
 
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 _TIE = 0.002
 #: Excess of what may fit by its size and yet is not said to.
 _NOT_SAID_TO_FIT = 1e-3
-#: From this many cores on, what the bisection may ask for is traced before it asks.
+#: From this many cores on, what may be asked for is traced before it is.
 _MANY_CORES = 8
+
+#: Configurations that differ in their size alone, ascending, and the choice that makes each.
+Arm = dict[RunConfig, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ def search(
     """Look for the best configurations under the memory bound.
 
     The study is Optuna's, with the bound as a constraint. It starts with every arm in its plain
-    form, its micro-batches in the order of a bisection, goes on with the other knobs of the best
-    arms, and ends with trials of TPE's own choice.
+    form, looks in each for the largest micro-batch that fits, goes on with the other knobs of the
+    best arms, and ends with trials of TPE's own choice.
 
     Args:
         space: Where to look.
@@ -75,7 +79,7 @@ def search(
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     size = _size_knob(space)
-    seen = Seen(size)
+    seen = Seen(size, predictor.cap_bytes)
     free = False
 
     def run(trial: optuna.Trial) -> float:
@@ -101,27 +105,20 @@ def search(
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
 
-    def unsettled_of(choices: Sequence[dict[str, Any]]) -> list[RunConfig]:
-        return [c for c in _legal_ones(space, choices) if not seen.settles(c)]
-
     def look_at(choices: Sequence[dict[str, Any]]) -> None:
-        """Run trials on these choices, those of one size after the other."""
-        steps = list(dict.fromkeys(choice[size] for choice in choices))
-        for at, step in enumerate(steps):
-            level = [choice for choice in choices if choice[size] == step]
-            later = [choice for choice in choices if choice[size] in steps[at + 1 :]]
-            predictor.prepare([*unsettled_of(level), *beside], unsettled_of(later))
-            for choice in level:
-                study.enqueue_trial(choice)
-            study.optimize(run, n_trials=len(level))
+        for choice in choices:
+            study.enqueue_trial(choice)
+        study.optimize(run, n_trials=len(choices))
 
-    plain = _plain_choices(space)
-    if (os.cpu_count() or 1) >= _MANY_CORES:  # where cores are idle, before the bisection asks
-        predictor.prepare(_telling(space, plain))
-    look_at(plain)
+    arms = _plain_arms(space)
+    if (os.cpu_count() or 1) >= _MANY_CORES:  # where cores are idle, before any is asked for
+        predictor.prepare(_telling(arms))
+    while asked := [(arm, c) for arm in arms if (c := seen.next_of(list(arm))) is not None]:
+        predictor.prepare([*(config for _, config in asked), *beside], _next_ones(asked, seen))
+        look_at([arm[config] for arm, config in asked])
     varied = varied_choices(space, rank(seen.that("fits"), objective), seen, predictor)
-    predictor.prepare(_legal_ones(space, varied))
-    look_at(varied)
+    predictor.prepare(c for c in _legal_ones(space, varied) if not seen.settles(c))
+    look_at(sorted(varied, key=lambda choice: choice[size], reverse=True))
     free = True
     study.optimize(run, n_trials=free_trials)
     predictor.store.release_workers()
@@ -144,12 +141,12 @@ def _note(trial: optuna.Trial, candidate: Candidate) -> None:
     trial.set_user_attr("config", candidate.config.to_json())
 
 
-def _telling(space: Space, choices: Sequence[dict[str, Any]]) -> list[RunConfig]:
+def _telling(arms: Iterable[Arm]) -> list[RunConfig]:
     """Return the configurations from whose traces those of all sizes follow.
 
     They are all small ones, in which the step does things of its own, and two of the others.
     """
-    configs = _legal_ones(space, choices)
+    configs = [config for arm in arms for config in arm]
     sizes = sorted({(c.tokens, c.micro_batch, c.seq_len) for c in configs})
     regular = [size for size in sizes if size[0] >= REGULAR_TOKENS]
     asked = {*(size for size in sizes if size not in regular), *regular[:2]}
@@ -166,25 +163,24 @@ def _legal_ones(space: Space, choices: Sequence[dict[str, Any]]) -> list[RunConf
     return [config for config in configs if config is not None]
 
 
-def _plain_choices(space: Space) -> list[dict[str, Any]]:
+def _plain_arms(space: Space) -> list[Arm]:
     """Return every arm with the first values of the knobs that move little."""
     axes = {knob: values[: EVERYWHERE.get(knob)] for knob, values in space.axes.items()}
     size = _size_knob(space)
-    axes[size] = tuple(_bisection(sorted(axes.pop(size))))
-    choices = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-    return [choice for choice in choices if legal(space, choice) is not None]
+    sizes = sorted(axes.pop(size))
+    arms = []
+    for values in itertools.product(*axes.values()):
+        plain = dict(zip(axes, values, strict=True))
+        choices = [{**plain, size: value} for value in sizes]
+        arms.append({c: choice for choice in choices if (c := legal(space, choice)) is not None})
+    return [arm for arm in arms if arm]
 
 
-def _bisection(values: Sequence[int]) -> list[int]:
-    """Return values in the order in which a bisection may ask for them: the middle first."""
-    order, parts = [], [list(values)]
-    while parts:
-        part = parts.pop(0)
-        if part:
-            middle = len(part) // 2
-            order.append(part[middle])
-            parts += [part[middle + 1 :], part[:middle]]
-    return order
+def _next_ones(asked: Sequence[tuple[Arm, RunConfig]], seen: Seen) -> list[RunConfig]:
+    """Return what may be asked for after these, the likeliest first: what is close to the cap."""
+    following = [list(arm)[list(arm).index(config) + 1 :][:1] for arm, config in asked]
+    unsettled = [above for sizes in following for above in sizes if not seen.settles(above)]
+    return sorted(unsettled, key=lambda config: getattr(config, seen.size) / seen.room(config))
 
 
 def _excess(candidate: Candidate, predictor: Predictor) -> float:

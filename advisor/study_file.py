@@ -68,6 +68,13 @@ def write_study(
         ) from None
 
 
+def get_ready() -> None:
+    """Import what writing a study takes 1 s for, while something else is waited for."""
+    import optuna
+
+    optuna.storages.RDBStorage("sqlite://")
+
+
 def check_study_file(path: Path, machine: Machine, stack: Stack) -> None:
     """Refuse a file whose studies do not belong beside those of this machine and stack.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lora_advisor.advisor.step_work import StepWork
 from lora_advisor.advisor.trace_cache import TraceCache, key_of
 from lora_advisor.models.traced import TracedMemory
 from lora_advisor.probes.architectures import Architecture
@@ -16,7 +18,7 @@ from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.events import Trace, Work
 from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import detect_stack
-from lora_advisor.probes.trace_batch import Batch, trace_quietly
+from lora_advisor.probes.trace_batch import Batch, Made, trace_quietly
 
 if TYPE_CHECKING:
     from lora_advisor.probes.interpolate import Size
@@ -27,45 +29,6 @@ _WORTH_A_SERVER = 5
 #: From here on a step does the same things whatever the micro-batch: TRL's loss takes tiles of 4096
 #: tokens (trl/kernels/chunked_logprob.py), bitsandbytes changes kernels below.
 REGULAR_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class StepWork:
-    """Work of an optimizer step in parts.
-
-    Attributes:
-        once: That of its end: the gradients' norm, the optimizer.
-        layers: That of the decoder layers in one micro-batch.
-        outside: All other of one micro-batch.
-    """
-
-    once: Work
-    layers: Work
-    outside: Work
-
-    @classmethod
-    def of(cls, trace: Trace) -> StepWork:
-        """Sum up a trace."""
-        parts = [Work(), Work(), Work()]
-        for (phase, layer), work in trace.work.items():
-            part = 0 if phase == "optimizer" else 1 if layer >= 0 else 2
-            parts[part] += work
-        return cls(*parts)
-
-    def step(self, accumulation: int, layers: float = 1.0) -> Work:
-        """Return the work of a step of some micro-batches.
-
-        Args:
-            accumulation: Micro-batches.
-            layers: Share of the decoder layers that run; the optimizer's work goes with it, for
-                what it trains is in them.
-        """
-        each = self.layers.times(layers) + self.outside
-        return self.once.times(layers) + each.times(accumulation)
-
-    def amounts(self) -> list[dict[str, float]]:
-        """Return the JSON form."""
-        return [dataclasses.asdict(part) for part in (self.once, self.layers, self.outside)]
 
 
 @dataclass
@@ -96,7 +59,7 @@ class TraceStore:
         if (kept, cap_bytes) not in self.memories:
             self._look_up(kept, cap_bytes)
         if (kept, cap_bytes) not in self.memories:
-            self._replay(kept, cap_bytes)
+            self._keep_memory(kept, cap_bytes, _replay(kept, cap_bytes)(self.get(kept)))
         return self.memories[kept, cap_bytes]
 
     def work(self, config: RunConfig) -> StepWork:
@@ -136,29 +99,39 @@ class TraceStore:
         missing = self._missing(configs, cap_bytes)
         idle = -len(missing) % (os.cpu_count() or 1)
         if idle and not has_imported():
-            missing += [c for c in self._missing(ahead, cap_bytes) if c not in missing][:idle]
-        self._trace_together(missing)
+            more = self._missing(ahead, cap_bytes)
+            missing |= {c: more[c] for c in [c for c in more if c not in missing][:idle]}
+        self._trace_together(missing, cap_bytes)
 
-    def _missing(self, configs: Iterable[RunConfig], cap_bytes: int | None) -> list[RunConfig]:
-        """Return what must be traced for these configurations; take up what is known."""
-        missing: list[RunConfig] = []
+    def _missing(
+        self, configs: Iterable[RunConfig], cap_bytes: int | None
+    ) -> dict[RunConfig, RunConfig]:
+        """Return what must be traced, and what is replayed of it; take up what is known."""
+        missing: dict[RunConfig, RunConfig] = {}
         for config in configs:
             if cap_bytes is not None:
                 self._look_up(_replayed_as(config), cap_bytes)
                 if (_replayed_as(config), cap_bytes) in self.memories:
                     continue
-            config = _traced_as(config)
-            if config in self.traces or config in missing:
+            traced = _traced_as(config)
+            if traced in self.traces or traced in missing:
                 continue
-            known = self._interpolated(config) or self._kept(config)
+            known = self._interpolated(traced) or self._kept(traced)
             if known is None:
-                missing.append(config)
+                missing[traced] = _replayed_as(config)
             else:
-                self.traces[config] = known
+                self.traces[traced] = known
         return missing
 
-    def _trace_together(self, missing: Sequence[RunConfig]) -> None:
-        """Trace in forks, where that is sooner; what cannot be traced is told when asked for."""
+    def _trace_together(
+        self, missing: Mapping[RunConfig, RunConfig], cap_bytes: int | None
+    ) -> None:
+        """Trace in forks, where that is sooner; what cannot be traced is told when asked for.
+
+        Args:
+            missing: What to trace, and the configuration to replay for.
+            cap_bytes: Replay for this cap, in the forks as well; None to trace only.
+        """
         cores = os.cpu_count() or 1
         if not missing or cores < 2:
             return
@@ -169,11 +142,16 @@ class TraceStore:
             if imported and len(missing) * (1 - 1 / cores) < _WORTH_A_SERVER:
                 return
             self.server = ForkServer.of(self.architecture)
-        batch = Batch(tuple(missing), self.architecture, self.capability)
-        for config, made in zip(missing, self.server.trace(batch) or (), strict=False):
-            if isinstance(made, Trace):
-                self._keep(config, made)
-                self.traces[config] = made
+        then = () if cap_bytes is None else tuple(_replay(c, cap_bytes) for c in missing.values())
+        batch = Batch(tuple(missing), self.architecture, self.capability, then)
+        for (config, replayed), made in zip(
+            missing.items(), self.server.trace(batch) or (), strict=False
+        ):
+            if isinstance(made, Made):
+                self._keep(config, made.trace)
+                self.traces[config] = made.trace
+                if cap_bytes is not None:
+                    self._keep_memory(replayed, cap_bytes, made.then)
 
     def sampled(self, config: RunConfig, sizes: Sequence[Size]) -> dict[Size, Trace]:
         """Return the traces of a configuration at several sizes."""
@@ -212,15 +190,7 @@ class TraceStore:
         if memory is not None and cap_bytes is not None:
             self.memories[kept, cap_bytes] = TracedMemory(**memory)
 
-    def _replay(self, kept: RunConfig, cap_bytes: int) -> None:
-        from lora_advisor.models.replayed import traced_memory
-
-        trace = self.get(kept)
-        memory = traced_memory(
-            trace,
-            expandable=kept.allocator == "expandable_segments",
-            cap_bytes=cap_bytes,
-        )
+    def _keep_memory(self, kept: RunConfig, cap_bytes: int, memory: TracedMemory) -> None:
         self.memories[kept, cap_bytes] = memory
         key = self._key(kept)
         entry = self.cache.get(key) or {"memory": {}}
@@ -259,6 +229,14 @@ class TraceStore:
         (low, first), (high, last) = known[0], known[-1]
         share = (config.micro_batch - low) / (high - low)
         return between(self.traces[first], self.traces[last], share=share)
+
+
+def _replay(config: RunConfig, cap_bytes: int) -> Callable[[Trace], TracedMemory]:
+    """Return what replays a configuration's trace."""
+    from lora_advisor.models.replayed import traced_memory
+
+    expandable = config.allocator == "expandable_segments"
+    return functools.partial(traced_memory, expandable=expandable, cap_bytes=cap_bytes)
 
 
 def has_imported() -> bool:

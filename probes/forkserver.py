@@ -27,11 +27,10 @@ import weakref
 from pathlib import Path
 from typing import Any, Self
 
-from lora_advisor.probes import nvml
+from lora_advisor.probes import libraries, nvml
 from lora_advisor.probes.architectures import Architecture, attention_of
 from lora_advisor.probes.errors import AdvisorError
-from lora_advisor.probes.events import Trace
-from lora_advisor.probes.trace_batch import Batch, read_traces, write_batch
+from lora_advisor.probes.trace_batch import Batch, Made, read_traces, write_batch
 
 _LOG = logging.getLogger(__name__)
 #: linux/prctl.h
@@ -129,7 +128,7 @@ class ForkServer:
                 return None
             return answer.read_bytes()
 
-    def trace(self, batch: Batch) -> list[Trace | AdvisorError] | None:
+    def trace(self, batch: Batch) -> list[Made | AdvisorError] | None:
         """Trace a batch, several configurations at a time; None where that cannot be."""
         with tempfile.TemporaryDirectory(prefix="lora-advisor-") as name:
             request, answer, log = (Path(name) / part for part in ("batch", "traces", "log.txt"))
@@ -227,13 +226,16 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def serve(parent_pid: int, model_type: str) -> int:
     """Import the libraries, then fork a worker for each line of stdin until it ends."""
-    from lora_advisor.probes import trace, worker
+    from lora_advisor.probes import worker
 
     worker.die_with_parent(parent_pid)
     # Orphans of a fork come to this process, which then sees them end.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    _import_everything(model_type.replace("-", "_"))
-    trace.freeze_libraries()  # for all forks
+    # torch/cuda/__init__.py, is_available: with this it asks NVML, and not CUDA, which would not
+    # survive a fork.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    libraries.import_all(model_type.replace("-", "_"))
+    libraries.freeze()  # for all forks
     if _has_context():
         _tell({"ready": False, "why": "an import made a CUDA context"})
         return 1
@@ -293,42 +295,6 @@ def _work(files: dict[str, str]) -> int:
 def _tell(message: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
-
-
-def _import_everything(family: str) -> None:
-    """Import what a probe of a family of models imports, without creating a CUDA context.
-
-    A package that is missing or broken is the business of the probe that needs it.
-    """
-    # torch/cuda/__init__.py, is_available: with this it asks NVML, and not CUDA, which would not
-    # survive a fork.
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    import torch
-
-    asked = torch.cuda.get_device_capability
-    known = nvml.capability()
-    if known is not None:
-        major, minor = (int(part) for part in known.split("."))
-        # bitsandbytes asks for it when it is imported.
-        torch.cuda.get_device_capability = lambda *_: (major, minor)
-    try:
-        for name in (
-            "bitsandbytes", "datasets", "accelerate", "peft.tuners.lora", "torch._dynamo",
-            "torch._inductor.compile_fx", "trl.trainer.sft_trainer", "transformers.modeling_utils",
-            "transformers.models.auto.modeling_auto", "transformers.trainer", "torch.profiler",
-            "lora_advisor.probes.weights", "lora_advisor.probes.finetune",
-            "lora_advisor.probes.dataset", "lora_advisor.probes.extend",
-            "lora_advisor.probes.cuda_semantics", "lora_advisor.probes.compiled_semantics",
-            "lora_advisor.probes.kernel_costs", "lora_advisor.probes.fused_adapter",
-            "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion",
-            "transformers.integrations.bitsandbytes",
-            "torch.profiler._cupti_monitor", "torch._subclasses.schema_check_mode",
-            f"transformers.models.{family}.modeling_{family}",
-        ):  # fmt: skip
-            with contextlib.suppress(Exception):
-                __import__(name)
-    finally:
-        torch.cuda.get_device_capability = asked
 
 
 def _has_context() -> bool:

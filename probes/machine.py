@@ -7,6 +7,7 @@ not match is left out or refused.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import platform
 from collections.abc import Mapping
@@ -92,6 +93,7 @@ class Machine:
         return cls(**{key: value for key, value in data.items() if key in names})
 
 
+@functools.cache  # asked for each trace
 def detect_stack() -> Stack:
     """Return the installed versions, without importing the packages."""
     versions: dict[str, Any] = {}

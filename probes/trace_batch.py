@@ -10,10 +10,11 @@ import dataclasses
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_advisor.probes import libraries
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import AdvisorError, UntraceableError
@@ -25,16 +26,33 @@ _WORKERS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What shall be traced, on cards of one compute capability."""
+    """What shall be traced, on cards of one compute capability.
+
+    Attributes:
+        configs: Configurations.
+        architecture: The model's figures.
+        capability: Compute capability of the card; None for a current one.
+        then: What is made of each trace, beside the others' tracing; it must pickle.
+    """
 
     configs: tuple[RunConfig, ...]
     architecture: Architecture
     capability: str | None
+    then: tuple[Callable[[Trace], object] | None, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A trace, and what was made of it."""
+
+    trace: Trace
+    then: Any = None
 
 
 def trace_quietly(config: RunConfig, architecture: Architecture, capability: str | None) -> Trace:
     """Trace, perhaps in another process, whose libraries shall be as quiet as they are here."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    libraries.import_all(str(architecture.hf_config.get("model_type", "")).replace("-", "_"))
     from lora_advisor.probes.extend import trace_all_layers
 
     return trace_all_layers(config, architecture, capability=capability)
@@ -45,11 +63,13 @@ def write_batch(path: Path, batch: Batch) -> None:
     path.write_bytes(pickle.dumps(batch))
 
 
-def read_traces(path: Path) -> list[Trace | AdvisorError]:
+def read_traces(path: Path) -> list[Made | AdvisorError]:
     """Read what `answer_batch` wrote, in the batch's order."""
-    answers: Sequence[bytes | str] = pickle.loads(path.read_bytes())
+    answers: Sequence[tuple[bytes, Any] | str] = pickle.loads(path.read_bytes())
     return [
-        UntraceableError(answer) if isinstance(answer, str) else Trace.from_bytes(answer)
+        UntraceableError(answer)
+        if isinstance(answer, str)
+        else Made(Trace.from_bytes(answer[0]), answer[1])
         for answer in answers
     ]
 
@@ -62,7 +82,10 @@ def answer_batch(batch_file: Path, answer_file: Path) -> int:
     workers = min(os.cpu_count() or 1, _WORKERS, len(batch.configs))
     # The longest first, so that none of them is left for the end.
     order = sorted(range(len(batch.configs)), key=lambda place: _layers(batch.configs[place]))
-    jobs = [(batch.configs[place], batch.architecture, batch.capability) for place in order]
+    then = batch.then or (None,) * len(batch.configs)
+    jobs = [
+        (batch.configs[place], batch.architecture, batch.capability, then[place]) for place in order
+    ]
     context: Any = multiprocessing.get_context("fork")
     with context.Pool(workers, initializer=_end_with_parent) as pool:
         made = dict(zip(order, pool.map(_traced, jobs, chunksize=1), strict=True))
@@ -87,8 +110,12 @@ def _end_with_parent() -> None:
     torch.set_num_threads(1)
 
 
-def _traced(job: tuple[RunConfig, Architecture, str | None]) -> bytes | str:
+def _traced(
+    job: tuple[RunConfig, Architecture, str | None, Callable[[Trace], object] | None],
+) -> tuple[bytes, object] | str:
+    config, architecture, capability, then = job
     try:
-        return trace_quietly(*job).to_bytes()
+        trace = trace_quietly(config, architecture, capability)
     except AdvisorError as error:
         return str(error)
+    return trace.to_bytes(), None if then is None else then(trace)

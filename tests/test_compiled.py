@@ -15,7 +15,7 @@ from lora_advisor.probes.compiled_semantics import compiled_layers
 from lora_advisor.probes.events import Event
 from lora_advisor.probes.extend import trace_all_layers
 from lora_advisor.probes.record import ProbeResult, read_records
-from lora_advisor.probes.trace import Recorder
+from lora_advisor.probes.recorder import Recorder
 
 RECORDS = read_records(Path(__file__).parent / "recordings/h100-compiled-layers-2026-11-24.jsonl")
 ROWS, WIDTH, OUT = 256, 512, 128

@@ -15,9 +15,9 @@ from traced_once import save_figures, share_traces
 from lora_advisor.advisor import traces
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.search import SearchResult, search
+from lora_advisor.advisor.seen import Seen
 from lora_advisor.advisor.space import build_space
 from lora_advisor.advisor.traces import TraceStore
-from lora_advisor.advisor.variations import Seen
 from lora_advisor.probes.architectures import resolve_architecture
 from lora_advisor.probes.cards import find_card
 from lora_advisor.probes.config import LoraShape, RunConfig
@@ -84,21 +84,21 @@ def test_layers_recomputed_in_between_take_a_time_in_between(tmp_path: Path) -> 
     predictor = Predictor.start(
         resolve_architecture(str(tmp_path)), CARD.machine(), CARD, limit_bytes=GIB
     )
-    seen = Seen("micro_batch")
+    seen = Seen("micro_batch", GIB)
     asked = RunConfig(
         model=str(tmp_path), trainer="trl", method="lora", micro_batch=2, accumulation=2,
         seq_len=2048, optimizer="adamw_torch_fused", precision="bf16", checkpointing="every_4",
         attention="sdpa", kernels="none", loss="fused", compile="off", allocator="default",
         lora=LoraShape(r=16, alpha=32, dropout=0.0, targets="all-linear"),
     )  # fmt: skip
-    assert seen.speed_between(asked) is None
+    assert seen.speed_at_most(asked) is None
     seen.add(predictor.candidate(asked.replace(checkpointing="off")))
-    assert seen.speed_between(asked) is None  # nothing that recomputes more is known
+    assert seen.speed_at_most(asked) is None  # nothing that recomputes more is known
     seen.add(predictor.candidate(asked.replace(checkpointing="full")))
     found = predictor.candidate(asked).tokens_per_s
     assert found is not None
-    assert seen.speed_between(asked) == pytest.approx(found, rel=0.02)
-    assert seen.speed_between(asked.replace(precision="fp16")) is None
+    assert seen.speed_at_most(asked) == pytest.approx(found, rel=0.02)
+    assert seen.speed_at_most(asked.replace(precision="fp16")) is None
 
 
 class Server:
