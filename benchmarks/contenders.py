@@ -99,16 +99,16 @@ def save_random(config: RunConfig, architecture: Architecture, folder: Path) -> 
 
 
 def unsloth(
-    plan: Plan, where: Path, model: Path, sizes: list[int], cap_bytes: int, left: float
+    plan: Plan, where: Path, model: Path, sizes: dict[str, list[int]], cap_bytes: int, most_s: float
 ) -> list[dict[str, Any]]:
-    """Return what Unsloth's best came to, with both methods."""
+    """Return what Unsloth's best came to, with the methods of which sizes are given."""
     found: list[dict[str, Any]] = []
-    for method in ("lora", "qlora"):
+    for method in sizes:
         with TemporaryDirectory() as name:
             request, answers = Path(name) / "request.json", Path(name) / "answers.jsonl"
             request.write_text(json.dumps({
                 "model": str(model), "method": method, "seq_len": plan.spec.seq_len,
-                "micro_batches": sizes, "cap_bytes": cap_bytes, "checkpointing": "unsloth",
+                "micro_batches": sizes[method], "cap_bytes": cap_bytes, "checkpointing": "unsloth",
                 "warmup_steps": WARMUP, "measured_steps": STEPS, "output_dir": name,
             }), "utf-8")  # fmt: skip
             paths = os.pathsep.join([str(where), os.environ.get("PYTHONPATH", "")])
@@ -118,8 +118,11 @@ def unsloth(
                 try:
                     done = subprocess.run(
                         [sys.executable, str(script), str(request), str(answers)], cwd=name,
-                        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
-                        stdout=stream, stderr=subprocess.STDOUT, timeout=max(20.0, left / 2),
+                        env={
+                            **os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1",
+                            "UNSLOTH_DISABLE_STATISTICS": "1",
+                        },
+                        stdout=stream, stderr=subprocess.STDOUT, timeout=most_s,
                     )  # fmt: skip
                     said = log.read_text("utf-8")[-1500:] if done.returncode else ""
                 except subprocess.TimeoutExpired:
@@ -168,12 +171,20 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=None, help="Where random ones are kept.")
     parser.add_argument("--cap", type=float, default=7.4, help="GiB the allocator may take.")
     parser.add_argument("--sizes", default="2,4,8,12,16,24,32,48")
+    parser.add_argument(
+        "--unsloth-sizes", default="lora=8,16,24 qlora=16,32,48", help="Micro-batches by method."
+    )
+    parser.add_argument("--unsloth-seconds", type=float, default=240.0, help="For each method.")
     parser.add_argument("--until", type=float, default=540.0, help="Start nothing after this.")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     began = time.monotonic()
     plan = read_plan(arguments.plan)
     sizes = [int(size) for size in arguments.sizes.split(",")]
+    of_unsloth = {
+        method: [int(size) for size in those.split(",")]
+        for method, those in (part.split("=") for part in arguments.unsloth_sizes.split())
+    }
     cap_bytes = int(arguments.cap * GIB)
     machine, stack = detect_machine("cuda"), detect_stack()
     runs: list[dict[str, Any]] = []
@@ -225,7 +236,10 @@ def main() -> None:
 
             measure("the plan", plan.chosen.config)
             if arguments.unsloth is not None:
-                runs += unsloth(plan, arguments.unsloth, folder, sizes, cap_bytes, left() * 0.7)
+                runs += unsloth(
+                    plan, arguments.unsloth, folder, of_unsloth, cap_bytes,
+                    arguments.unsloth_seconds,
+                )  # fmt: skip
                 keep()
             for who, configs in contenders(plan, sizes):
                 last = 0.0

@@ -24,6 +24,7 @@ PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "b
 
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    started = time.monotonic()
     from unsloth import FastLanguageModel  # isort: skip # it asks to be the first
 
     import torch
@@ -42,12 +43,14 @@ def main() -> None:
         use_gradient_checkpointing=request["checkpointing"], random_state=0,
     )  # fmt: skip
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    print(f"loaded after {time.monotonic() - began:.0f} s", flush=True)
+    now = time.monotonic()
+    print(f"imported in {began - started:.0f} s, loaded in {now - began:.0f} s", flush=True)
     with Path(sys.argv[2]).open("a", encoding="utf-8") as answers:
         for micro_batch in request["micro_batches"]:
             answer = {"micro_batch": micro_batch, "versions": versions}
             try:
                 answer.update(outcome="ok", **measure(model, tokenizer, micro_batch, request))
+                answer["after_s"] = round(time.monotonic() - started)
             except torch.OutOfMemoryError as error:
                 answer.update(outcome="oom", detail=str(error).splitlines()[0][:200])
             answers.write(json.dumps(answer) + "\n")
