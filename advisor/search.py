@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.seen import PLAIN, Seen
 from lora_advisor.advisor.space import Space
-from lora_advisor.advisor.traces import REGULAR_TOKENS
 from lora_advisor.advisor.variations import EVERYWHERE, legal, varied_choices
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.plan import Candidate
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
 _TIE = 0.002
 #: Excess of what may fit by its size and yet is not said to.
 _NOT_SAID_TO_FIT = 1e-3
-#: From this many cores on, what may be asked for is traced before it is.
-_MANY_CORES = 8
+#: Of how many arms the smallest size is looked at beside the largest, where speeds are measured.
+_ARMS_AT_THEIR_SMALLEST = 6
 
 #: Configurations that differ in their size alone, ascending, and the choice that makes each.
 Arm = dict[RunConfig, dict[str, Any]]
@@ -81,6 +79,7 @@ def search(
     size = _size_knob(space)
     seen = Seen(size, predictor.cap_bytes)
     free = False
+    smallest: dict[RunConfig, dict[str, Any]] = {}
 
     def run(trial: optuna.Trial) -> float:
         # A knob of one value is none to a sampler, nor to who looks at the study.
@@ -90,7 +89,7 @@ def search(
         }
         progress(trial.number + 1)
         config = legal(space, choice)
-        if config is None or seen.settles(config):
+        if config is None or (config not in smallest and seen.settles(config)):
             raise optuna.TrialPruned
         if free and predictor.is_roofline and seen.has_better(config):
             raise optuna.TrialPruned
@@ -111,14 +110,16 @@ def search(
         study.optimize(run, n_trials=len(choices))
 
     arms = _plain_arms(space)
-    if (os.cpu_count() or 1) >= _MANY_CORES:  # where cores are idle, before any is asked for
-        predictor.prepare(_telling(arms))
     while asked := [(arm, c) for arm in arms if (c := seen.next_of(list(arm))) is not None]:
         predictor.prepare([*(config for _, config in asked), *beside], _next_ones(asked, seen))
         look_at([arm[config] for arm, config in asked])
     varied = varied_choices(space, rank(seen.that("fits"), objective), seen, predictor)
     predictor.prepare(c for c in _legal_ones(space, varied) if not seen.settles(c))
     look_at(sorted(varied, key=lambda choice: choice[size], reverse=True))
+    if size == "micro_batch" and not predictor.is_roofline:
+        smallest = _smallest(arms, rank(seen.that("fits"), objective))
+        predictor.prepare(smallest)
+        look_at(list(smallest.values()))
     free = True
     study.optimize(run, n_trials=free_trials)
     predictor.store.release_workers()
@@ -139,18 +140,6 @@ def _note(trial: optuna.Trial, candidate: Candidate) -> None:
         if interval is not None:
             trial.set_user_attr(name, interval.value)
     trial.set_user_attr("config", candidate.config.to_json())
-
-
-def _telling(arms: Iterable[Arm]) -> list[RunConfig]:
-    """Return the configurations from whose traces those of all sizes follow.
-
-    They are all small ones, in which the step does things of its own, and two of the others.
-    """
-    configs = [config for arm in arms for config in arm]
-    sizes = sorted({(c.tokens, c.micro_batch, c.seq_len) for c in configs})
-    regular = [size for size in sizes if size[0] >= REGULAR_TOKENS]
-    asked = {*(size for size in sizes if size not in regular), *regular[:2]}
-    return [c for c in configs if (c.tokens, c.micro_batch, c.seq_len) in asked]
 
 
 def _size_knob(space: Space) -> str:
@@ -174,6 +163,13 @@ def _plain_arms(space: Space) -> list[Arm]:
         choices = [{**plain, size: value} for value in sizes]
         arms.append({c: choice for choice in choices if (c := legal(space, choice)) is not None})
     return [arm for arm in arms if arm]
+
+
+def _smallest(arms: Sequence[Arm], best: Sequence[Candidate]) -> Arm:
+    """Return the smallest size of the best arms: a device may be faster there than it should be."""
+    of = {config: arm for arm in arms for config in arm}
+    firsts = dict(next(iter(of[c.config].items())) for c in best if c.config in of)
+    return dict(itertools.islice(firsts.items(), _ARMS_AT_THEIR_SMALLEST))
 
 
 def _next_ones(asked: Sequence[tuple[Arm, RunConfig]], seen: Seen) -> list[RunConfig]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from lora_advisor.advisor.traces import REGULAR_TOKENS
+from lora_advisor.models.allocator import MIB
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.plan import Candidate
 
@@ -20,6 +22,9 @@ _WHATEVER_SIZE = ("weights", "adapter", "optimizer")
 #: By which factor a size may need less than a line through others says, or another allocator less
 #: than this one: buffers of kernels for few tokens, gradients that accumulate, segments cut up.
 _OFF_THE_LINE = 1.05
+#: How coarse a single figure is: the allocator takes segments of 20 MiB, and the smallest cap is
+#: looked for in steps of 16 MiB (`models.replayed`).
+_GRAIN = 40 * MIB
 #: What may be said to fit needs this much less than the cap (`models.memory`).
 _ROOM = 1.03
 
@@ -69,7 +74,7 @@ class Seen:
         At each instant a step holds what stays and what is linear in the rows of a micro-batch (in
         a sequence's length: at most quadratic). The peak over instants is convex: a smaller size
         needs at least its share of what a larger one holds beyond what stays, a larger one at
-        least what the line through two smaller ones says.
+        least what the line through two smaller ones says, once a step does the same things.
 
         Args:
             config: The configuration.
@@ -81,16 +86,19 @@ class Seen:
         known, size = self._known(config), int(getattr(config, self.size))
         larger = min((other for other in known if other >= size), default=None)
         if larger is None:
-            if len(known) < 2:
+            regular = [n for n in sorted(known) if known[n].config.tokens >= REGULAR_TOKENS]
+            if len(regular) < 2:
                 return None
-            low, high = sorted(known)[-2:]
+            low, high = regular[-2:]
             less, more = (_needed(known[other], without) for other in (low, high))
-            return (more + (more - less) * (size - high) / (high - low)) / _OFF_THE_LINE
+            times = (size - high) / (high - low)
+            line = more + (more - less) * times
+            return line / _OFF_THE_LINE - _GRAIN * (1 + times)
         stays, needed = _stays(known[larger], without), _needed(known[larger], without)
         share = size / larger if self.size == "micro_batch" else (size / larger) ** 2
         least = stays + (needed - stays) * share
         same = larger == size and known[larger].config.allocator == config.allocator
-        return least if same else least / _OFF_THE_LINE
+        return least if same else least / _OFF_THE_LINE - _GRAIN
 
     def next_of(self, arm: Sequence[RunConfig]) -> RunConfig | None:
         """Return which size of an arm is to be asked for next; None where all are settled.

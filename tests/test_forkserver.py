@@ -6,6 +6,7 @@ One real server on the CPU serves most tests; its imports cost some 7 s.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -21,15 +22,16 @@ from recorded import configure
 from recorded import tiny as figures
 from test_runner import CONFIG, is_gone, tiny, wait_for
 
+from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import UntraceableError
 from lora_advisor.probes.events import Trace
 from lora_advisor.probes.extend import trace_all_layers
 from lora_advisor.probes.forkserver import ForkServer
-from lora_advisor.probes.machine import cpu_machine, detect_stack, gpu_present
+from lora_advisor.probes.machine import GIB, cpu_machine, detect_stack, gpu_present
 from lora_advisor.probes.record import ProbeResult, read_records
 from lora_advisor.probes.runner import run_probe
-from lora_advisor.probes.trace_batch import Batch
+from lora_advisor.probes.trace_batch import Batch, Made
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is forked")
 
@@ -171,10 +173,24 @@ def test_a_batch_is_traced_as_it_is_here_and_what_cannot_be_is_named(server: For
     assert made is not None and len(made) == 3
     lora, refused, qlora = made
     assert isinstance(refused, UntraceableError) and "another engine" in str(refused)
-    for config, trace in ((configs[0], lora), (configs[2], qlora)):
-        assert isinstance(trace, Trace)
-        assert same(trace, trace_all_layers(config, architecture, capability="9.0"))
-    assert isinstance(lora, Trace) and isinstance(qlora, Trace) and not same(lora, qlora)
+    assert isinstance(lora, Made) and isinstance(qlora, Made)
+    for config, one in ((configs[0], lora), (configs[2], qlora)):
+        assert same(one.trace, trace_all_layers(config, architecture, capability="9.0"))
+        assert one.then is None
+    assert not same(lora.trace, qlora.trace)
+
+
+def test_what_is_made_of_a_trace_is_made_beside_the_others(server: ForkServer) -> None:
+    configs, architecture = (configure(), configure(method="qlora")), figures(num_hidden_layers=2)
+    replay = functools.partial(traced_memory, expandable=False, cap_bytes=GIB)
+
+    made = server.trace(Batch(configs, architecture, "9.0", (replay, None)))
+
+    assert made is not None
+    lora, qlora = made
+    assert isinstance(lora, Made) and isinstance(qlora, Made)
+    assert lora.then == replay(lora.trace)
+    assert qlora.then is None
 
 
 def test_a_batch_whose_fork_is_killed_comes_to_nothing(server: ForkServer) -> None:
