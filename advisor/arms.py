@@ -20,7 +20,7 @@ def code_of(config: RunConfig) -> tuple[Any, ...]:
     """Return what decides which code runs, whatever it runs on and with how much."""
     return (
         config.stage, config.trainer, config.method, config.kernels, config.adapter,
-        config.compile, config.checkpointing,
+        config.compile, config.checkpointing, config.embedding,
     )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def arm_of(config: RunConfig) -> tuple[Any, ...]:
     """Return what decides how fast a configuration is beside its size."""
     return (
         config.method, config.kernels, config.adapter, config.compile, config.checkpointing,
-        config.precision,
+        config.precision, config.embedding,
     )  # fmt: skip
 
 
@@ -53,6 +53,8 @@ def describe(config: RunConfig) -> str:
         parts.append(config.optimizer)
     if config.allocator != "default":
         parts.append("expandable segments")
+    if config.embedding != "device":
+        parts.append("embeddings in host memory")
     if config.trainer != "trl":
         parts.append(config.trainer)
     if config.fp32_upcast:

@@ -158,6 +158,11 @@ def common_rules(name: str) -> list[Rule]:
             "The fused adapter is lora-advisor's own: peft's layers multiply instead.",
         ),
         Rule(
+            lambda c: c.embedding == "host",
+            lambda c: {"embedding": "device"},
+            f"Input embeddings cannot be held in host memory: {name} keeps them on the card.",
+        ),
+        Rule(
             lambda c: c.fp32_upcast,
             lambda c: {"fp32_upcast": False},
             f"There is no fp32 upcast: {name} keeps norms and embeddings in 16 bits.",

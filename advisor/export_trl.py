@@ -143,6 +143,8 @@ def _imports(config: RunConfig, libraries: Sequence[tuple[str, str]], *, plain: 
         names["transformers.modeling_layers"] = {"GradientCheckpointingLayer"}
     if config.adapter == "fused":
         names["lora_advisor.probes.fused_adapter"] = {"fused_layers"}
+    if config.embedding == "host":
+        names["lora_advisor.probes.host_embedding"] = {"keep_on_host"}
     for module, words in libraries:
         names.setdefault(module, set()).update(words.split(", "))
     torch = "import torch\n" if config.precision == "fp16" and not plain else ""
@@ -166,6 +168,8 @@ def _load(config: RunConfig, recipe: Recipe) -> str:
     if config.fp32_upcast:
         checkpointed = config.checkpoint_every is not None
         text += UPCAST.lstrip("\n").format(checkpointed=checkpointed)
+    if config.embedding == "host":
+        text += "    keep_on_host(model)\n"
     if config.compile == "layers":
         text += COMPILE.lstrip("\n")
     return text
@@ -238,6 +242,8 @@ def _trl_notes(config: RunConfig, recipe: Recipe) -> list[str]:
         )
     if config.adapter == "fused":
         notes.append("The fused adapter is lora-advisor's own code, so the script needs it.")
+    if config.embedding == "host":
+        notes.append("What holds input embeddings in host memory is lora-advisor's own code too.")
     return notes
 
 

@@ -127,6 +127,11 @@ def _rules(recipe: Recipe) -> list[Rule]:
             f"The fused adapter is lora-advisor's own: {why}.",
         ),
         Rule(
+            lambda c: c.embedding == "host",
+            lambda c: {"embedding": "device"},
+            "Unsloth decides by itself whether input embeddings go to host memory.",
+        ),
+        Rule(
             lambda c: c.fp32_upcast,
             lambda c: {"fp32_upcast": False},
             "There is no fp32 upcast: norms and embeddings stay in 16 bits.",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lora_advisor.advisor.largest import Largest, largest
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.proof import Probe, Proof, prove, run_instead
+from lora_advisor.probes.architectures import has_own_head
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import UntraceableError, UsageError
 from lora_advisor.probes.prediction import Prediction
@@ -123,7 +124,7 @@ def will_it_fit(
 
 def _changes(config: RunConfig, predictor: Predictor) -> tuple[tuple[Change, ...], Change | None]:
     """Return the changes that make it fit, cheapest first, or else several taken together."""
-    mutations = list(_mutations(config))
+    mutations = list(_mutations(config, predictor))
     predictor.prepare(changed for _, changed in mutations)
     every = [_judge(name, changed, config, predictor) for name, changed in mutations]
     changes = [change for change in every if change.prediction.verdict == "fits"]
@@ -145,7 +146,7 @@ def _judge(name: str, changed: RunConfig, config: RunConfig, predictor: Predicto
     return Change(name=name, config=changed, prediction=after, saved_bytes=saved, slower=slower)
 
 
-def _mutations(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+def _mutations(config: RunConfig, predictor: Predictor) -> Iterator[tuple[str, RunConfig]]:
     """Return each single change that may save memory and keeps what is trained the same."""
     steps: list[tuple[str, dict[str, object]]] = []
     if config.fp32_upcast:
@@ -156,6 +157,8 @@ def _mutations(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         steps.append(("bf16", {"precision": "bf16"}))
     if config.allocator == "default":
         steps.append(("expandable segments", {"allocator": "expandable_segments"}))
+    if config.embedding == "device" and has_own_head(predictor.store.architecture):
+        steps.append(("input embeddings held in host memory", {"embedding": "host"}))
     if config.optimizer != "paged_adamw_8bit":
         steps.append(("optimizer paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"}))
     if config.checkpoint_every != 1:
@@ -187,7 +190,7 @@ def _combine(config: RunConfig, predictor: Predictor) -> Change | None:
     names: list[str] = []
     current = config
     for _ in range(8):
-        mutations = list(_mutations(current))
+        mutations = list(_mutations(current, predictor))
         predictor.prepare(changed for _, changed in mutations)
         options = [_judge(name, c, current, predictor) for name, c in mutations]
         best = max(options, key=lambda change: change.saved_bytes, default=None)

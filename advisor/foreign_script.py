@@ -92,6 +92,7 @@ def _plain(
         fp32_upcast="prepare_model_for_kbit_training" in names,
         lora=None if method == "full" else _lora(calls["LoraConfig"]),
         adapter="fused" if "fused_layers" in names else "peft",
+        embedding="host" if "keep_on_host" in names else "device",
         compile=_compile(training, names),
         allocator=_allocator(tree),
         packing=training.flag("packing"),

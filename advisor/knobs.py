@@ -18,6 +18,7 @@ KNOBS = {
     "adapter": "peft, or fused: one function for a product and its adapter",
     "compile": "off, layers or model",
     "allocator": "default or expandable_segments",
+    "embedding": "device, or host: input embeddings are looked up in host memory",
 }
 #: `probes.cutting.LONG_ROWS`, copied because that imports what reads data; a test compares them.
 LONG_ROWS = ("truncate", "split", "drop")

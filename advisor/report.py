@@ -136,6 +136,7 @@ def config_rows(config: RunConfig) -> list[tuple[str, str]]:
         *([] if batching_of(config) == "random" else [("rows", batching_of(config))]),
         ("trainer", f"{config.trainer}, {config.loss} loss"),
         ("allocator", config.allocator),
+        *([("embeddings", "in host memory")] if config.embedding == "host" else []),
     ]
     if config.lora is not None:
         targets = (

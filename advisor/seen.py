@@ -16,6 +16,7 @@ PLAIN = {
     "optimizer": "adamw_torch_fused",
     "kernels": "none",
     "compile": "off",
+    "embedding": "device",
 }
 #: What a run holds whatever its size; all else at its peak grows with the size.
 _WHATEVER_SIZE = ("weights", "adapter", "optimizer")

@@ -10,12 +10,15 @@ from typing import Any
 
 from lora_advisor.advisor.attention import attention
 from lora_advisor.advisor.trace_cache import TraceCache
-from lora_advisor.probes.architectures import resolve_architecture
+from lora_advisor.probes.architectures import embedding_bytes, has_own_head, resolve_architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import LOSSES, LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.machine import Machine, Stack
 from lora_advisor.probes.spec import Spec
+
+#: From which share of the memory on the input embeddings are worth holding elsewhere.
+_NOTICEABLE = 0.05
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def build_space(
         "adapter": ("fused",),
         "compile": ("off", "layers"),
         "allocator": _allocators(spec),
+        "embedding": _embeddings(spec, machine),
         "packing": (False,),
         "fp32_upcast": (False,),
     }
@@ -200,6 +204,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "double_quant": (None, True),
     "optimizer": ("adamw_torch_fused",),
     "allocator": ("default",),
+    "embedding": ("device",),
 }
 
 
@@ -213,6 +218,22 @@ def _allocators(spec: Spec) -> tuple[str, ...]:
     """
     plain, expandable = "default", "expandable_segments"
     return (plain, expandable) if spec.data is None else (expandable, plain)
+
+
+def _embeddings(spec: Spec, machine: Machine) -> tuple[str, ...]:
+    """Return where the input embeddings may be, the place first that is taken where it can matter.
+
+    The host can hold those that are not trained and no head's weight as well. Where they would take
+    a noticeable part of the card it does, and the card is tried around the best.
+    """
+    architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
+    free = has_own_head(architecture) and spec.fixed.get("method") != "full"
+    if machine.kind == "cpu" or not free:
+        return ("device",)
+    limit = spec.vram_bytes - spec.reserve_bytes
+    if embedding_bytes(architecture) < _NOTICEABLE * limit:
+        return ("device",)
+    return ("host", "device")
 
 
 def _lengths(spec: Spec) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ from lora_advisor.probes.plan import Candidate
 #: Knobs that move memory and speed less than the others, and how many of their values are looked at
 #: in every arm; the rest only around the best arms.
 EVERYWHERE = {
-    "optimizer": 1, "precision": 1, "attention": 1, "allocator": 1, "trainer": 1, "checkpointing": 3
+    "optimizer": 1, "precision": 1, "attention": 1, "allocator": 1, "embedding": 1,
+    "trainer": 1, "checkpointing": 3,
 }  # fmt: skip
 _ARMS_VARIED = 2
 #: What `Seen.speed_at_most` says may be off by, as a factor: 1.001 for Qwen2.5-1.5B on an RTX 4060
@@ -92,7 +93,7 @@ def _sizes_to_try(
     if other.checkpointing != config.checkpointing:
         keeps_more = (other.checkpoint_every or math.inf) > (config.checkpoint_every or math.inf)
         return same if keeps_more else next_
-    if changed["precision"] != config.precision:
+    if any(changed[knob] != getattr(config, knob) for knob in ("precision", "embedding")):
         return same
     if changed["optimizer"] != config.optimizer and predictor.is_roofline:
         same = []

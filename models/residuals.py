@@ -30,6 +30,7 @@ _ALIKE: dict[str, tuple[tuple[Any, ...], float]] = {
     "quant_type": ((None, *words.QUANT_TYPES), 0.95),
     "optimizer": (words.OPTIMIZERS, 0.97),
     "allocator": (words.ALLOCATORS, 0.98),
+    "embedding": (words.EMBEDDINGS, 0.95),
 }
 #: The same for every layer checkpointed or none, for twice the tokens in a micro-batch, and for
 #: sequences twice as long.

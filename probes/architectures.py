@@ -191,6 +191,18 @@ def _from_hub(hub_id: str, trust_remote_code: bool) -> Architecture:
     )
 
 
+def has_own_head(architecture: Architecture) -> bool:
+    """Whether the head's weight is surely another than that of the input embeddings."""
+    return architecture.hf_config.get("tie_word_embeddings") is False
+
+
+def embedding_bytes(architecture: Architecture) -> int:
+    """Return the bytes of the input embeddings in 16 bits; 0 where their size is not told."""
+    figures = architecture.hf_config
+    rows, width = figures.get("vocab_size"), figures.get("hidden_size")
+    return 2 * rows * width if isinstance(rows, int) and isinstance(width, int) else 0
+
+
 def build_hf_config(architecture: Architecture, *, layers: int | None = None) -> Any:
     """Return the transformers configuration object.
 

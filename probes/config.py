@@ -33,6 +33,7 @@ LOSSES = ("full", "fused")
 ADAPTERS = ("peft", "fused")
 COMPILES = ("off", "layers", "model")
 ALLOCATORS = ("default", "expandable_segments")
+EMBEDDINGS = ("device", "host")
 
 #: transformers.training_args.OptimizerNames (5.23), copied so that reading a configuration needs
 #: no import of transformers; a test compares the two.
@@ -130,6 +131,8 @@ class RunConfig:
         adapter: Whose code multiplies with it: "peft", or "fused" (`probes/fused_adapter.py`).
         compile: "off", "layers" (each decoder layer) or "model".
         allocator: "default" or "expandable_segments".
+        embedding: Where the input embeddings are held: "device", or "host"
+            (`probes/host_embedding.py`).
         packing: Whether short rows share a sequence.
         group_by_length: Whether rows of like length share a micro-batch.
     """
@@ -154,6 +157,7 @@ class RunConfig:
     adapter: str = "peft"
     compile: str
     allocator: str
+    embedding: str = "device"
     packing: bool = False
     group_by_length: bool = False
 
@@ -193,6 +197,7 @@ class RunConfig:
         check_word("adapter", self.adapter, ADAPTERS)
         check_word("compile", self.compile, COMPILES)
         check_word("allocator", self.allocator, ALLOCATORS)
+        check_word("embedding", self.embedding, EMBEDDINGS)
         for name in ("fp32_upcast", "packing", "group_by_length"):
             check_flag(name, getattr(self, name))
         self._check_checkpointing()
@@ -218,6 +223,10 @@ class RunConfig:
                 raise UsageError(
                     '`fp32_upcast` must be false with method "full": '
                     "prepare_model_for_kbit_training freezes the weights that are to be trained."
+                )
+            if self.embedding == "host":
+                raise UsageError(
+                    '`embedding` must be "device" with method "full", which trains the embeddings.'
                 )
         elif not isinstance(self.lora, LoraShape):
             raise UsageError(f"`lora` must be given with method {self.method!r}.")
@@ -327,7 +336,12 @@ class RunConfig:
         data: dict[str, Any] = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
-        for name, usual in (("group_by_length", False), ("adapter", "peft"), ("stage", "sft")):
+        for name, usual in (
+            ("group_by_length", False),
+            ("adapter", "peft"),
+            ("stage", "sft"),
+            ("embedding", "device"),
+        ):
             if data[name] == usual:
                 del data[name]
         data["lora"] = None if self.lora is None else self.lora.to_json()

@@ -19,6 +19,7 @@ from lora_advisor.probes.arguments import padding_multiple, training_arguments, 
 from lora_advisor.probes.batching import order_by_length
 from lora_advisor.probes.compiled_layers import compile_layers
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.host_embedding import keep_on_host
 from lora_advisor.probes.padding_mask import leave_out_padding_mask
 from lora_advisor.probes.randomness import draws_numbers
 
@@ -113,6 +114,8 @@ def prepare_model(config: RunConfig, model: PreTrainedModel) -> None:
     model.config.use_cache = False
     if config.fp32_upcast:
         _upcast(config, model)
+    if config.embedding == "host":
+        keep_on_host(model)
     if config.compile == "layers":
         compile_layers(config, decoder_layers(model))
 

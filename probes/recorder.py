@@ -48,6 +48,7 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         self.closed = False
         self._known: dict[int, int] = {}  # storage's address -> block
         self._count = 0
+        self._gone: set[int] = set()  # blocks that went to the host
         self._multiplied: set[tuple[str, int]] = set()  # which workspaces each thread has
         self._workspaces: list[int] = []
         #: Layers of an optimizer's parameters, by their number: foreach optimizers take lists.
@@ -122,6 +123,14 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         if not self.closed:
             self.events.append(Event(block[0], -block[1], self.phase, self.layer))
 
+    def leaves_device(self, tensor: Any) -> None:
+        """Note that a tensor's memory is the host's from now on."""
+        storage = tensor.untyped_storage()
+        block = self._known.get(storage._cdata)
+        if block is not None and block not in self._gone:
+            self._gone.add(block)
+            self.release((block, storage.nbytes()))
+
     def empty_cache(self) -> None:
         """Note that the allocator's free segments go back to the driver."""
         self.events.append(Event(0, 0, self.phase, self.layer))
@@ -167,7 +176,8 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
 
     def _died(self, key: int, block: tuple[int, int]) -> None:
         self._known.pop(key, None)
-        self.release(block)
+        if block[0] not in self._gone:
+            self.release(block)
 
     def result(self, trainer: Any, loaded: tuple[int, ...]) -> Trace:
         """Return what was recorded, with the owners of the blocks that the trainer still holds.

@@ -31,6 +31,7 @@ from lora_advisor.probes.finetune import (
     decoder_layers,
     padding_tokenizer,
 )
+from lora_advisor.probes.host_embedding import telling
 from lora_advisor.probes.preference import as_trained
 from lora_advisor.probes.quiet import process_as_it_was, quiet
 from lora_advisor.probes.recorder import Recorder, places_of
@@ -124,16 +125,17 @@ def _trace(
         loaded = tuple(loaded_bytes(model, layer) for layer in decoder_layers(model))
         fill(model, dtype, "cpu", fake_quantise, on_gpu=True)
         vocab_size = model.config.get_text_config().vocab_size
-        trainer: Any = build_trainer(
-            config,
-            model,
-            rows=as_trained(config, [{"input_ids": [0, 0], "labels": [0, 0]}]),
-            tokenizer=padding_tokenizer(vocab_size),
-            # Trainer makes the folder of its output; a trace has none, and leaves none behind.
-            schedule=Schedule(max_steps=2, output_dir=tempfile.gettempdir()),
-            device="cpu",
-            callbacks=[_phase_callback(recorder)],
-        )
+        with telling(recorder.leaves_device):
+            trainer: Any = build_trainer(
+                config,
+                model,
+                rows=as_trained(config, [{"input_ids": [0, 0], "labels": [0, 0]}]),
+                tokenizer=padding_tokenizer(vocab_size),
+                # Trainer makes the folder of its output; a trace has none, and leaves none behind.
+                schedule=Schedule(max_steps=2, output_dir=tempfile.gettempdir()),
+                device="cpu",
+                callbacks=[_phase_callback(recorder)],
+            )
         trainer.remove_callback(PrinterCallback)
         if gradients_stay:
             # A later micro-batch of a step meets the gradients of those before it.
