@@ -86,6 +86,7 @@ def drawn(count: int, seed: int) -> list[RunConfig]:
                 adapter=pick.choice(("peft", "peft", "fused")),
                 compile=pick.choice(("off", "layers", "model")),
                 allocator=pick.choice(("default", "expandable_segments")),
+                embedding=pick.choice(("device", "device", "host")),
                 packing=pick.random() < 0.2,
                 group_by_length=pick.random() < 0.2,
                 **(
