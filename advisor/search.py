@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.seen import PLAIN, Seen
 from lora_advisor.advisor.space import Space
+from lora_advisor.advisor.traces import REGULAR_TOKENS
 from lora_advisor.advisor.variations import EVERYWHERE, legal, varied_choices
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.plan import Candidate
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 _TIE = 0.002
 #: Excess of what may fit by its size and yet is not said to.
 _NOT_SAID_TO_FIT = 1e-3
+#: From this many cores on, what may be asked for is traced before it is: compiled layers take long
+#: to trace, and a round lasts as long as the longest.
+_MANY_CORES = 8
 #: Of how many arms the smallest size is looked at beside the largest, where speeds are measured.
 _ARMS_AT_THEIR_SMALLEST = 6
 
@@ -110,6 +115,8 @@ def search(
         study.optimize(run, n_trials=len(choices))
 
     arms = _plain_arms(space)
+    if (os.cpu_count() or 1) >= _MANY_CORES:
+        predictor.prepare(_telling(arms))
     while asked := [(arm, c) for arm in arms if (c := seen.next_of(list(arm))) is not None]:
         predictor.prepare([*(config for _, config in asked), *beside], _next_ones(asked, seen))
         look_at([arm[config] for arm, config in asked])
@@ -140,6 +147,18 @@ def _note(trial: optuna.Trial, candidate: Candidate) -> None:
         if interval is not None:
             trial.set_user_attr(name, interval.value)
     trial.set_user_attr("config", candidate.config.to_json())
+
+
+def _telling(arms: Iterable[Arm]) -> list[RunConfig]:
+    """Return the configurations from whose traces those of all sizes follow.
+
+    They are all small ones, in which the step does things of its own, and two of the others.
+    """
+    configs = [config for arm in arms for config in arm]
+    sizes = sorted({(c.tokens, c.micro_batch, c.seq_len) for c in configs})
+    regular = [size for size in sizes if size[0] >= REGULAR_TOKENS]
+    asked = {*(size for size in sizes if size not in regular), *regular[:2]}
+    return [c for c in configs if (c.tokens, c.micro_batch, c.seq_len) in asked]
 
 
 def _size_knob(space: Space) -> str:

@@ -1,6 +1,7 @@
 """Measure what a user could run instead of a plan, all on one GPU, under one cap of the allocator.
 
     python benchmarks/contenders.py --plan plan.json [--unsloth FOLDER] [--cap 7.4] --out FILE.json
+    python benchmarks/contenders.py --table benchmarks/results/contenders_*.json
 
 Contenders, each on full rows of random tokens and in a fresh process: the plan's choice (first and
 again at the end); TRL's SFTTrainer and transformers' Trainer with their defaults (8 rows); the same
@@ -8,7 +9,7 @@ with every micro-batch of --sizes, with LoRA and with QLoRA; and Unsloth, whose 
 FOLDER (it asks for older transformers and trl than this project), with LoRA and QLoRA and every
 micro-batch until memory runs out. The two trainers run with this project's settings against waits
 of the host (`build_trainer`), which favours them. What counts is each contender's best. OUT gets
-all runs.
+all runs; --table prints the best of such files in Markdown.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def trl(plan: Plan, method: str, rows: int) -> RunConfig:
         trainer="trl", method=method, quant_type="nf4" if method == "qlora" else None,
         double_quant=True if method == "qlora" else None, micro_batch=rows, accumulation=1,
         optimizer="adamw_torch_fused", checkpointing="full", kernels="none", loss="fused",
-        compile="off", adapter="peft", allocator="default", packing=False, fp32_upcast=False,
+        compile="off", adapter="peft", allocator="default", embedding="device", packing=False,
+        fp32_upcast=False,
     )  # fmt: skip
 
 
@@ -164,9 +166,31 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def table(files: list[Path]) -> str:
+    """Return the mean of the plan's runs and the best of the others, a row for each file."""
+    from tabulate import tabulate
+
+    rows = []
+    for file in files:
+        found = json.loads(file.read_text("utf-8"))
+        ours = [run["tokens_per_s"] for run in found["runs"] if run["who"] == "the plan"]
+        row = [f"[{found['model']}, {found['seq_len']}]({file})", f"{statistics.mean(ours):,.0f}"]
+        for name in ("Unsloth, best", "TRL, best", "TRL, defaults", "transformers, "):
+            best = [b["tokens_per_s"] or 0 for who, b in found["best"].items() if name in who]
+            row.append(f"{max(best):,}" if any(best) else "out of memory" if best else "-")
+        rival = max(
+            (b["tokens_per_s"] or 0 for who, b in found["best"].items() if "Unsloth" in who),
+            default=0,
+        )
+        rows.append([*row, f"{statistics.mean(ours) / rival:.2f}" if rival else "-"])
+    heads = ["case", "the plan", "Unsloth", "TRL", "TRL's defaults", "transformers", "to Unsloth"]
+    return tabulate(rows, heads, tablefmt="pipe", disable_numparse=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--table", type=Path, nargs="+", default=None)
+    parser.add_argument("--plan", type=Path)
     parser.add_argument("--unsloth", type=Path, default=None)
     parser.add_argument("--weights", type=Path, default=None, help="Where random ones are kept.")
     parser.add_argument("--cap", type=float, default=7.4, help="GiB the allocator may take.")
@@ -176,8 +200,13 @@ def main() -> None:
     )
     parser.add_argument("--unsloth-seconds", type=float, default=240.0, help="For each method.")
     parser.add_argument("--until", type=float, default=540.0, help="Start nothing after this.")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(table(arguments.table))
+        return
+    if arguments.plan is None or arguments.out is None:
+        parser.error("--plan and --out must be given.")
     began = time.monotonic()
     plan = read_plan(arguments.plan)
     sizes = [int(size) for size in arguments.sizes.split(",")]
