@@ -6,13 +6,20 @@ import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from lora_advisor.probes.cuda_semantics import answer, writes_in_place
 from lora_advisor.probes.events import Event, Trace, Work
 from lora_advisor.probes.finetune import decoder_layers
+from lora_advisor.probes.kernel_costs import (
+    FUSED_WORKSPACE,
+    NO_KERNELS,
+    Cost,
+    describe,
+    issued,
+    product_workspace,
+)
 
 if TYPE_CHECKING:
     import torch
-
-    from lora_advisor.probes.kernel_costs import Cost
 
 
 def _dispatch_mode() -> type:
@@ -63,9 +70,6 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operation and note what it allocates."""
-        from lora_advisor.probes.cuda_semantics import answer, writes_in_place
-        from lora_advisor.probes.kernel_costs import NO_KERNELS, describe
-
         kwargs = kwargs or {}
         if func is _device_of() and not args[0].fake_mode.in_kernel_invocation:
             return args[0].fake_device  # asked 10,000 times a trace; the long way takes a tenth
@@ -96,8 +100,6 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         code has gradients enabled, the engine has not) or a function's own `backward` runs.
         """
         import torch
-
-        from lora_advisor.probes.kernel_costs import issued
 
         node = torch._C._current_autograd_node()
         written_in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
@@ -137,8 +139,6 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
 
     def _take_workspaces(self, cost: Cost) -> None:
         """Note the workspaces of the thread that runs this phase, where they are first needed."""
-        from lora_advisor.probes.kernel_costs import FUSED_WORKSPACE, product_workspace
-
         if self.phase not in ("forward", "backward"):
             return
         for needed, size in (
