@@ -31,6 +31,7 @@ def scaling_text(plan: Plan) -> str | None:
         if scaling.step_s is not None:
             time = _time(scaling.all_reduce_s, scaling.step_s)
             lines.append(f"  a step's gradients, {_gradients(scaling)}, take {time}")
+        lines.append(f"  {_waits(scaling)}")
         lines.append(f"  {_WAITING}: not counted")
     lines += [
         f"  {_set_aside(scaling)} are left to DDP's buckets and NCCL",
@@ -55,7 +56,7 @@ def scaling_rows(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("a step's gradients", _gradients(scaling)))
         if scaling.step_s is not None:
             rows.append(("their time", _time(scaling.all_reduce_s, scaling.step_s)))
-        rows.append(("not counted", _WAITING))
+        rows += [("waiting", _waits(scaling)), ("not counted", _WAITING)]
     return [
         *rows,
         ("left to DDP and NCCL", _set_aside(scaling)),
@@ -88,6 +89,13 @@ def _gradients(scaling: Scaling) -> str:
 def _time(all_reduce_s: Interval, step_s: Interval) -> str:
     low, value, high = (1e3 * s for s in (all_reduce_s.low, all_reduce_s.value, all_reduce_s.high))
     return f"{value:,.1f} ms ({low:,.1f} to {high:,.1f}) of {1e3 * step_s.value:,.0f} ms"
+
+
+def _waits(scaling: Scaling) -> str:
+    if scaling.waiting_s is None:
+        return "how long a step waits for the slowest card is not known: no step was measured"
+    high = 1e3 * scaling.waiting_s.high
+    return f"a step waits up to {high:,.1f} ms for the slowest card, as one card's steps vary"
 
 
 def _set_aside(scaling: Scaling) -> str:

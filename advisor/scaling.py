@@ -14,7 +14,7 @@ import statistics
 from lora_advisor.advisor.pricing import off_by
 from lora_advisor.advisor.session import Session
 from lora_advisor.advisor.space import baseline_config
-from lora_advisor.models.all_reduce import NCCL_BYTES, all_reduce_s
+from lora_advisor.models.all_reduce import NCCL_BYTES, all_reduce_s, waiting_s
 from lora_advisor.probes.batching import Batching
 from lora_advisor.probes.cards import links
 from lora_advisor.probes.config import RunConfig
@@ -100,12 +100,14 @@ def _scaling(session: Session, chosen: Candidate, gpus: int, aside: int) -> Scal
     )  # fmt: skip
     alone = None if whole is None else whole.value * off_by(session, config)
     extra = None if link is None else all_reduce_s(size, gpus, link.gb_s)
+    waiting = None if chosen.measured is None else waiting_s(chosen.measured.step_times_s, gpus)
     together = speed = efficiency = None
     if extra is not None and step is not None:
-        together = _sum(step, extra)
+        beside = extra if waiting is None else _sum(extra, waiting)
+        together = _sum(step, beside)
         speed = together.reciprocal(config.tokens_per_step * gpus)
         if alone is not None:
-            ends = (step.value + at for at in (extra.value, extra.high, extra.low))
+            ends = (step.value + at for at in (beside.value, beside.high, beside.low))
             value, low, high = (min(1.0, alone / gpus / seconds) for seconds in ends)
             efficiency = Interval(value=value, low=low, high=high)
     return Scaling(
@@ -113,6 +115,7 @@ def _scaling(session: Session, chosen: Candidate, gpus: int, aside: int) -> Scal
         link=None if link is None else link.name,
         gradient_bytes=size,
         all_reduce_s=extra,
+        waiting_s=waiting,
         step_s=together,
         tokens_per_s=speed,
         efficiency=efficiency,

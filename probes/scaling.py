@@ -20,6 +20,8 @@ class Scaling:
         gradient_bytes: What each card sends of its gradients in a step, and what DDP's buckets
             hold.
         all_reduce_s: Seconds that a step takes longer for that; None where the link is not known.
+        waiting_s: Seconds that it takes longer because the slowest card is waited for, as one
+            card's steps varied; None where they were not measured.
         step_s: Seconds of a step of all cards; None likewise.
         tokens_per_s: Tokens of all cards, padding included, per second; None likewise.
         efficiency: That against so many times what one card does with the same effective batch.
@@ -34,12 +36,13 @@ class Scaling:
     tokens_per_s: Interval | None
     efficiency: Interval | None
     set_aside_bytes: int
+    waiting_s: Interval | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read the JSON form."""
         values = dict(data)
-        for name in ("all_reduce_s", "step_s", "tokens_per_s", "efficiency"):
+        for name in ("all_reduce_s", "waiting_s", "step_s", "tokens_per_s", "efficiency"):
             values[name] = None if data.get(name) is None else Interval(**data[name])
         return cls(**values)
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import statistics
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from made_up_device import Device, plan_with
 from traced_once import save_figures, share_traces
 
+from lora_advisor.advisor import scaling as scaling_of
 from lora_advisor.advisor.planning import NothingFitsError, make_plan
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.report import plan_text
 from lora_advisor.advisor.scaling import gradient_bytes
-from lora_advisor.models.all_reduce import MIB, NCCL_BYTES, all_reduce_s
+from lora_advisor.models.all_reduce import MIB, NCCL_BYTES, all_reduce_s, waiting_s
 from lora_advisor.probes.architectures import resolve_architecture
 from lora_advisor.probes.cards import cards, find_card, links
 from lora_advisor.probes.config import LoraShape, RunConfig
 from lora_advisor.probes.machine import GIB
 from lora_advisor.probes.plan import Plan
+from lora_advisor.probes.scaling import Scaling
 from lora_advisor.probes.spec import Spec
 
 FIXED = {
@@ -125,3 +130,39 @@ def test_probes_run_one_card_s_share_and_nothing_is_known_without_a_link(tmp_pat
     assert plan.scaling.link is None and plan.scaling.tokens_per_s is None
     assert plan.tokens_per_s is None and plan.epoch_s is None
     assert "tokens/s unknown: the link between the cards is not known" in plan_text(plan)
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_a_step_lasts_as_long_as_the_slowest_card_s(gpus: int) -> None:
+    draws = random.Random(gpus)
+    times = [draws.gauss(0.5, 0.03) for _ in range(4000)]
+    steps = [max(draws.gauss(0.5, 0.03) for _ in range(gpus)) for _ in range(20_000)]
+    waiting = waiting_s(times, gpus)
+    assert waiting is not None and waiting.low == 0
+    assert waiting.value == pytest.approx(statistics.mean(steps) - 0.5, rel=0.05)
+    assert waiting_s(times[:2], gpus) is None
+
+
+def test_cards_whose_steps_vary_are_predicted_to_wait(tmp_path: Path) -> None:
+    card = find_card("rtx-3090")
+    plan = make_plan(spec_of(tmp_path, gpus=1), record=tmp_path / "record.jsonl")
+    predictor = Predictor.start(plan.architecture, card.machine(), card, limit_bytes=8 * GIB)
+    session = mock.Mock(card=card, predictor=predictor)
+    step = plan.chosen.prediction.step_s
+    assert step is not None
+    found = []
+    for share in (0.0, 0.1):
+        times = tuple(step.value * (1 + share * at) for at in (-1, 0, 1, -1, 0, 1))
+        measured = mock.Mock(step_times_s=times)
+        chosen = mock.Mock(
+            config=plan.chosen.config, prediction=plan.chosen.prediction, measured=measured
+        )
+        with mock.patch.object(scaling_of, "off_by", return_value=1.0):
+            found.append(scaling_of._scaling(session, chosen, 2, 0))
+    calm, varying = found
+    assert calm.waiting_s is not None and calm.waiting_s.value == 0
+    assert varying.waiting_s is not None
+    assert varying.waiting_s.value == pytest.approx(step.value * 0.1 * 0.8944 * 0.5642, rel=1e-3)
+    assert calm.efficiency is not None and varying.efficiency is not None
+    assert varying.efficiency.value < calm.efficiency.value <= varying.efficiency.high + 1e-9
+    assert Scaling.from_json(varying.to_json()) == varying
