@@ -12,7 +12,7 @@ from lora_advisor.advisor import paper
 from lora_advisor.advisor.bench import Bench
 from lora_advisor.advisor.bench_design import FACTORS, Cell
 from lora_advisor.advisor.bench_study import Study
-from lora_advisor.advisor.report_bench import FIXED, report_text
+from lora_advisor.advisor.report_bench import fixed_of, report_text
 from lora_advisor.probes.errors import OutputError
 from lora_advisor.probes.plan import plain_json
 
@@ -116,7 +116,7 @@ def _cell_columns(bench: Bench, cell: Cell) -> dict[str, Any]:
 def _shared(bench: Bench) -> dict[str, Any]:
     """Return what all runs share: the fixed knobs, the card, the versions."""
     base = bench.design.base
-    shared: dict[str, Any] = {name: getattr(base, name) for name in FIXED}
+    shared: dict[str, Any] = {name: getattr(base, name) for name in fixed_of(base)}
     if base.lora is not None:
         lora = base.lora.to_json()
         targets = lora.pop("targets")

@@ -19,7 +19,7 @@ from lora_advisor.advisor.report_effects import (
     table,
 )
 from lora_advisor.advisor.report_paper import paper_section
-from lora_advisor.probes.config import LoraShape
+from lora_advisor.probes.config import LoraShape, RunConfig
 from lora_advisor.probes.machine import GIB
 
 #: Knobs of RunConfig that all cells share, in the order they are written.
@@ -28,7 +28,13 @@ FIXED = ("trainer", "checkpointing", "attention", "kernels", "loss", "compile", 
 _TERMS = """\
 A factor: its fastest level against its slowest. Two factors: how far a combination lies at most \
 off the product of its two levels. p: how often chance alone would show as much."""
-_COMMAND_KNOBS = tuple(name for name in FIXED if name != "loss")
+#: Others, written only where they are not as is usual.
+_USUAL = {"stage": "sft", "adapter": "peft", "embedding": "device"}
+
+
+def fixed_of(base: RunConfig) -> tuple[str, ...]:
+    """Return the knobs of RunConfig that all cells share and that are worth a word."""
+    return FIXED + tuple(name for name, usual in _USUAL.items() if getattr(base, name) != usual)
 
 
 def _model_section(study: Study) -> list[str]:
@@ -218,7 +224,7 @@ def _card(bench: Bench) -> str:
 
 def _fixed(bench: Bench) -> str:
     base = bench.design.base
-    parts = [f"{name} {getattr(base, name)}" for name in FIXED]
+    parts = [f"{name} {getattr(base, name)}" for name in fixed_of(base)]
     if base.lora is None:
         return ", ".join(parts)
     lora, targets = base.lora, _targets(base.lora)
@@ -233,7 +239,7 @@ def command(bench: Bench) -> str:
         words += [OPTIONS[factor], ",".join(levels)]
     words += ["--repeats", str(bench.design.repeats), "--seed", str(bench.design.seed)]
     base = bench.design.base
-    for name in _COMMAND_KNOBS:
+    for name in (name for name in fixed_of(base) if name != "loss"):
         words += [f"--{name}", str(getattr(base, name))]
     if base.lora is not None:
         words += ["--rank", str(base.lora.r), "--alpha", f"{base.lora.alpha:g}"]

@@ -25,14 +25,16 @@ from traced_once import save_figures
 
 from lora_advisor.advisor import bench_command
 from lora_advisor.advisor.bench import Bench, assign, given_up, go_on, run_bench
+from lora_advisor.advisor.bench_command import _HELD
 from lora_advisor.advisor.bench_design import DEFAULTS, FACTORS, Design, levels_of, make_design
 from lora_advisor.advisor.bench_files import CSV, JSON, PICTURE, RECORD, REPORT, write_files
 from lora_advisor.advisor.bench_study import Study, study_of
 from lora_advisor.advisor.cell_means import CellMeans
 from lora_advisor.advisor.effects import Effect, Observation, effects_of, mean_ratio
 from lora_advisor.advisor.effects_model import fit_model
+from lora_advisor.advisor.knobs import KNOBS
 from lora_advisor.advisor.paper import RUNS
-from lora_advisor.advisor.report_bench import report_text
+from lora_advisor.advisor.report_bench import command, report_text
 from lora_advisor.cli import main
 from lora_advisor.probes.architectures import load_bundled
 from lora_advisor.probes.config import RunConfig
@@ -461,6 +463,17 @@ def test_the_papers_changes_are_walked_one_at_a_time(full: Study) -> None:
     true = OPTIMIZER["paged_adamw_8bit"] + PAGED_AT_1X512
     assert optimizer.value == pytest.approx(math.exp(true), rel=0.015)
     assert first.ratio["lora"] is None, "LoRA at 2x2048 ran out of memory"
+
+
+def test_the_command_of_a_bench_says_what_is_not_as_usual() -> None:
+    usual = bench(design())
+    base = usual.design.base.replace(embedding="host")
+    other = dataclasses.replace(usual, design=dataclasses.replace(usual.design, base=base))
+
+    assert "--embedding" not in command(usual) and "--adapter" not in command(usual)
+    assert "--embedding host" in command(other)
+    factors = {"method", "optimizer", "precision"}
+    assert set(KNOBS) - factors == set(_HELD), "every other knob has a value that is held"
 
 
 def test_changes_whose_middle_never_ran_are_made_together() -> None:
