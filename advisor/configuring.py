@@ -178,7 +178,12 @@ def _arguments(config: RunConfig, arguments: dict[str, Any], plan: Plan) -> Any:
 
 def _notes(config: RunConfig, device: str) -> tuple[str, ...]:
     notes = []
-    if config.compile == "layers" or config.fp32_upcast or config.trainer == "transformers":
+    if (
+        config.compile == "layers"
+        or config.fp32_upcast
+        or config.embedding == "host"
+        or config.trainer == "transformers"
+    ):
         notes.append("pass the loaded model through `setup.prepare(model)` before the trainer.")
     if config.allocator == "expandable_segments" and device == "cuda":
         setting = "expandable_segments:True"

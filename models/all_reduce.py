@@ -56,9 +56,9 @@ def waiting_s(times: Sequence[float], gpus: int) -> Interval | None:
     """Return the seconds that a step takes longer because the slowest card is waited for.
 
     The mean of the largest of N draws lies above that of one by their standard deviation times the
-    integral of x N phi(x) Phi(x)^(N - 1): 0.56 for two, 1.03 for four (David and Nagaraja, Order
-    Statistics, 3rd edition, section 3.2), if times are normal and cards vary each by itself. What
-    slows one card of a host may slow all at the same time: at least, nobody waits.
+    integral of x N phi(x) Phi(x)^(N - 1) (the largest order statistic of a normal sample): 0.56 for
+    two, 1.03 for four. That takes times as normal and each card as varying by itself. What slows
+    one card of a host may slow all at the same time: at least, nobody waits.
 
     Args:
         times: Seconds of one card's steps.

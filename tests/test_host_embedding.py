@@ -16,6 +16,7 @@ from test_zoo import KINDS
 from tiny_training import config_of, run, weights
 from transformers import AutoModelForCausalLM
 
+from lora_advisor.advisor.configuring import _notes
 from lora_advisor.advisor.export_trl import TRL
 from lora_advisor.advisor.fit import _mutations
 from lora_advisor.advisor.predictor import Predictor
@@ -174,6 +175,12 @@ def test_fit_offers_it_to_a_model_with_a_head_of_its_own(tmp_path: Path) -> None
     offered = found[False]
     assert found[True] is None
     assert offered is not None and offered.embedding == "host"
+
+
+def test_a_script_of_ones_own_is_told_to_prepare_the_model() -> None:
+    told = [_notes(configure(embedding=place), "cpu") for place in ("device", "host")]
+    assert told[0] == ()
+    assert len(told[1]) == 1 and "setup.prepare(model)" in told[1][0]
 
 
 def test_a_script_says_so_and_is_read_back(tmp_path: Path) -> None:
