@@ -194,6 +194,11 @@ def _notes(config: RunConfig, device: str) -> tuple[str, ...]:
             )
         else:
             os.environ["PYTORCH_ALLOC_CONF"] = setting
+    if config.loss == "one_pass":
+        notes.append(
+            "the loss in one pass is that of `lora_advisor.probes.one_pass_trainer.OnePassTrainer`:"
+            " use it in place of SFTTrainer, whose loss multiplies with the head once more."
+        )
     if config.kernels == "liger":
         notes.append("Liger's kernels need the package liger-kernel where the script runs.")
     if config.precision == "fp16" and config.trainer == "trl":

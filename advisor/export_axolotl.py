@@ -12,7 +12,15 @@ from __future__ import annotations
 from typing import Any
 
 from lora_advisor.advisor.export_data import PAIRS
-from lora_advisor.advisor.export_words import NO_DATA, Recipe, Rule, Target, as_yaml, whole
+from lora_advisor.advisor.export_words import (
+    NO_DATA,
+    ONE_PASS,
+    Recipe,
+    Rule,
+    Target,
+    as_yaml,
+    whole,
+)
 from lora_advisor.advisor.foreign_keys import versions_of
 from lora_advisor.advisor.user_arguments import training_of
 from lora_advisor.probes.config import RunConfig
@@ -142,6 +150,7 @@ def _data(recipe: Recipe, config: RunConfig) -> dict[str, Any]:
 def common_rules(name: str) -> list[Rule]:
     """Return what neither Axolotl nor LLaMA-Factory can express."""
     return [
+        ONE_PASS,
         Rule(
             lambda c: c.checkpointing == "unsloth",
             lambda c: {"trainer": "trl", "loss": "fused", "checkpointing": "offload"},

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_advisor.advisor.export_data import loading, mapping
-from lora_advisor.advisor.export_words import NO_DATA, Recipe, Rule, Target, call, literal, quoted
+from lora_advisor.advisor.export_words import (
+    NO_DATA,
+    ONE_PASS,
+    Recipe,
+    Rule,
+    Target,
+    call,
+    literal,
+    quoted,
+)
 from lora_advisor.advisor.script_parts import (
     COMPILE,
     FULL_PRECISION,
@@ -34,6 +43,12 @@ PLAIN_VERSIONS = {"transformers": "5.23", "peft": "0.21", "bitsandbytes": "0.50"
 def _write_trl(config: RunConfig, recipe: Recipe, asked: RunConfig) -> str:
     pairs = config.stage == "dpo"
     made, trainer = ("DPOConfig", "DPOTrainer") if pairs else ("SFTConfig", "SFTTrainer")
+    libraries = [("trl", made)]
+    if config.loss == "one_pass":
+        trainer = "OnePassTrainer"
+        libraries.append(("lora_advisor.probes.one_pass_trainer", trainer))
+    else:
+        libraries.append(("trl", trainer))
     function, apply = ("", "") if pairs else mapping(recipe)
     padded = not config.packing
     function += WITHOUT_MASK if padded else ""
@@ -48,7 +63,6 @@ def _write_trl(config: RunConfig, recipe: Recipe, asked: RunConfig) -> str:
         "    )\n",
         FULL_PRECISION.lstrip("\n") if config.precision == "fp16" else "",
     ]
-    libraries = [("trl", f"{made}, {trainer}")]
     return _script(config, recipe, made, arguments, libraries, function, "".join(body))
 
 
@@ -202,6 +216,7 @@ def _plain_rules(recipe: Recipe) -> list[Rule]:
             lambda c: {"packing": False},
             "Rows are not packed: transformers' Trainer packs none, so short rows are padded.",
         ),
+        ONE_PASS,
         *_trl_rules(recipe)[:1],
         *loss_rules(recipe, "transformers' Trainer"),
         Rule(
@@ -242,6 +257,8 @@ def _trl_notes(config: RunConfig, recipe: Recipe) -> list[str]:
         )
     if config.adapter == "fused":
         notes.append("The fused adapter is lora-advisor's own code, so the script needs it.")
+    if config.loss == "one_pass":
+        notes.append("The trainer of the one-pass loss is lora-advisor's own code too.")
     if config.embedding == "host":
         notes.append("What holds input embeddings in host memory is lora-advisor's own code too.")
     return notes

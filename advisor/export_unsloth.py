@@ -12,7 +12,16 @@ from typing import Any
 
 from lora_advisor.advisor.export_data import loading, mapping
 from lora_advisor.advisor.export_trl import _given as given
-from lora_advisor.advisor.export_words import NO_DATA, Recipe, Rule, Target, call, literal, whole
+from lora_advisor.advisor.export_words import (
+    NO_DATA,
+    ONE_PASS,
+    Recipe,
+    Rule,
+    Target,
+    call,
+    literal,
+    whole,
+)
 from lora_advisor.advisor.foreign_keys import foreign_keys, versions_of
 from lora_advisor.advisor.user_arguments import training_of
 from lora_advisor.probes.arguments import dtype_name, trl_arguments
@@ -96,6 +105,7 @@ def _adapted(config: RunConfig) -> str:
 def _rules(recipe: Recipe) -> list[Rule]:
     why = "Unsloth brings its own"
     return [
+        ONE_PASS,
         Rule(
             lambda c: c.trainer == "unsloth" and c.checkpointing == "unsloth",
             lambda c: {"trainer": "trl", "loss": "fused", "checkpointing": "offload"},

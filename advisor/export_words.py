@@ -72,6 +72,14 @@ class Rule(NamedTuple):
     why: str
 
 
+#: Only lora-advisor's own code can take the loss in one pass.
+ONE_PASS = Rule(
+    lambda c: c.loss == "one_pass",
+    lambda c: {"loss": "fused"},
+    "The one-pass loss is lora-advisor's own: a fused loss multiplies with the head once more.",
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
     """A trainer to write for.

@@ -134,7 +134,7 @@ def config_rows(config: RunConfig) -> list[tuple[str, str]]:
             + (f", compiled {config.compile}" if config.compile != "off" else ""),
         ),
         *([] if batching_of(config) == "random" else [("rows", batching_of(config))]),
-        ("trainer", f"{config.trainer}, {config.loss} loss"),
+        ("trainer", f"{config.trainer}, {config.loss.replace('_', '-')} loss"),
         ("allocator", config.allocator),
         *([("embeddings", "in host memory")] if config.embedding == "host" else []),
     ]

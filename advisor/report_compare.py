@@ -31,7 +31,8 @@ def compare_text(comparison: Comparison) -> str:
     title = (
         f"{config.model}, {config.micro_batch} x {config.seq_len} tokens x {config.accumulation}, "
         f"{config.precision}, {config.optimizer}, checkpointing {config.checkpointing}, "
-        f"{config.trainer}, {config.loss} loss\non {where}, limit {gib(comparison.limit_bytes)}"
+        f"{config.trainer}, {config.loss.replace('_', '-')} loss\n"
+        f"on {where}, limit {gib(comparison.limit_bytes)}"
     )
     rows = [
         [

@@ -72,8 +72,14 @@ class Space:
 
 
 def _loss(values: Mapping[str, Any]) -> str:
-    """The loss path that the trainer takes unless told otherwise."""
-    return "fused" if values["trainer"] == "trl" or values["kernels"] == "liger" else "full"
+    """Return how the loss is computed: in one pass wherever that goes.
+
+    It multiplies with the head twice where TRL's does three times, and waits for the device nowhere
+    (benchmarks/results/one_pass_h100_2026-11-27.json).
+    """
+    if values["trainer"] == "trl":
+        return "fused" if values["stage"] == "dpo" or values["method"] == "full" else "one_pass"
+    return "fused" if values["kernels"] == "liger" else "full"
 
 
 def build_space(

@@ -29,7 +29,7 @@ QUANT_TYPES = ("nf4", "fp4")
 PRECISIONS = ("bf16", "fp16", "fp32")
 ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
 KERNELS = ("none", "liger")
-LOSSES = ("full", "fused")
+LOSSES = ("full", "fused", "one_pass")
 ADAPTERS = ("peft", "fused")
 COMPILES = ("off", "layers", "model")
 ALLOCATORS = ("default", "expandable_segments")
@@ -125,7 +125,8 @@ class RunConfig:
             (every layer, what is stored is held in host memory).
         attention: "sdpa", "eager" or "flash_attention_2".
         kernels: "none" or "liger".
-        loss: "full" (logits of all tokens at once) or "fused" (in tiles, never all at once).
+        loss: "full" (logits of all tokens at once), "fused" (in tiles, never all at once), or
+            "one_pass" (so too, each tile once: `probes/one_pass_head.py`).
         fp32_upcast: Whether peft's prepare_model_for_kbit_training is applied.
         lora: The adapter; null for method "full".
         adapter: Whose code multiplies with it: "peft", or "fused" (`probes/fused_adapter.py`).
@@ -236,9 +237,11 @@ class RunConfig:
             self._check_preference()
         if self.trainer == "trl" and self.loss == "full":
             raise UsageError(
-                '`loss` must be "fused" with trainer "trl": SFTTrainer (TRL 1.15 and later) always '
-                'computes it in tiles. Use trainer "transformers" for "full".'
+                '`loss` must be "fused" or "one_pass" with trainer "trl": SFTTrainer (TRL 1.15 and '
+                'later) always computes it in tiles. Use trainer "transformers" for "full".'
             )
+        if self.loss == "one_pass":
+            self._check_one_pass()
         if (
             self.trainer in ("transformers", "loop")
             and self.loss == "fused"
@@ -261,6 +264,22 @@ class RunConfig:
                 '`attention` "flash_attention_2" needs precision "bf16" or "fp16": the kernel has '
                 "no fp32 form."
             )
+
+    def _check_one_pass(self) -> None:
+        for name, wrong, why in (
+            ("trainer", self.trainer != "trl", "it is a trainer of TRL's that computes it"),
+            ("stage", self.stage != "sft", "DPO asks for more than the targets' probabilities"),
+            (
+                "method",
+                self.method == "full",
+                "the head's weights are trained as well",
+            ),
+        ):
+            if wrong:
+                raise UsageError(
+                    f'`loss` must be "fused" or "full" with {name} {getattr(self, name)!r}, not '
+                    f'"one_pass": {why}.'
+                )
 
     def _check_fused_adapter(self) -> None:
         if self.lora is None:

@@ -274,16 +274,21 @@ def _liger_patches(model: Any) -> list[Any]:
 
 
 def _trl_patches() -> list[Any]:
-    """TRL's fused loss as its Triton kernels run it: valid positions only, tiles in place."""
+    """TRL's fused loss, and the one-pass loss, as Triton's kernels run them: tiles in place."""
     import torch
     from trl.kernels import chunked_logprob
     from trl.trainer import utils
+
+    from lora_advisor.probes import one_pass_head
 
     def fold(tile: torch.Tensor, *_: Any, **__: Any) -> None:
         triton_kernel(tile)
 
     def unfold(tile: torch.Tensor, *_: Any, **__: Any) -> None:
         triton_kernel(tile, tile)  # the logits become their gradient
+
+    def fold_once(tile: torch.Tensor, *_: Any, **__: Any) -> None:
+        triton_kernel(tile, tile, tile)  # read for the maximum, then for what becomes of it
 
     def addmm_fp32(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
@@ -293,6 +298,7 @@ def _trl_patches() -> list[Any]:
         mock.patch.object(chunked_logprob, "_forward_tile", fold),
         mock.patch.object(chunked_logprob, "_backward_tile", unfold),
         mock.patch.object(chunked_logprob, "_addmm_fp32", addmm_fp32),
+        mock.patch.object(one_pass_head, "fold_tile", fold_once),
     ]
 
 

@@ -158,7 +158,12 @@ def _trl_trainer(
     text = model.config.get_text_config()
     if hasattr(model, "num_experts") and not hasattr(text, "num_experts"):
         text.num_experts = model.num_experts
-    trainer: Trainer = SFTTrainer(
+    kind = SFTTrainer
+    if config.loss == "one_pass":
+        from lora_advisor.probes.one_pass_trainer import OnePassTrainer
+
+        kind = OnePassTrainer
+    trainer: Trainer = kind(
         model=model,
         args=SFTConfig(
             **arguments,

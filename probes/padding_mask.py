@@ -26,6 +26,7 @@ def leave_out_padding_mask(model: Any) -> bool:
     if decoder is None or getattr(text, "use_bidirectional_attention", False):
         return False
     decoder.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    decoder.register_forward_hook(_ask_again, always_call=True)
     return True
 
 
@@ -34,4 +35,33 @@ def _without_mask(decoder: Any, arguments: Any, words: dict[str, Any]) -> Any:
     # One of four dimensions, or one for each kind of layer, says more than what is padding.
     if decoder.training and getattr(mask, "ndim", 0) == 2:
         words = {**words, "attention_mask": None}
+        if words.get("position_ids") is None:
+            _ask_nothing(decoder)
     return arguments, words
+
+
+def _ask_nothing(decoder: Any) -> None:
+    """Have transformers not look for packed rows, until the decoder's forward pass ends.
+
+    Without a mask it reads the positions back to see whether rows are packed, and the host waits
+    until the device has done all that came before. Positions that the decoder counts itself are of
+    rows that are not.
+    """
+    from transformers import masking_utils
+
+    original = masking_utils.find_packed_sequence_indices
+    if original is not _not_packed:
+        vars(decoder)["_finds_packed"] = original
+        vars(masking_utils)["find_packed_sequence_indices"] = _not_packed
+
+
+def _ask_again(decoder: Any, *_: Any) -> None:
+    from transformers import masking_utils
+
+    original = vars(decoder).pop("_finds_packed", None)
+    if original is not None:
+        vars(masking_utils)["find_packed_sequence_indices"] = original
+
+
+def _not_packed(_: Any) -> None:
+    """Stand for transformers' function: no row is packed."""

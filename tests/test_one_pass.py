@@ -1,0 +1,248 @@
+"""The loss in one pass: TRL's loss, metrics and training, without its third product and waits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import save_model
+from tiny_training import config_of
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl.kernels import ChunkedLogProbFunction, chunked_logprob
+
+from lora_advisor.probes import one_pass_head
+from lora_advisor.probes.architectures import resolve_architecture
+from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
+from lora_advisor.probes.one_pass_head import OnePassLogProb, take_one_pass
+from lora_advisor.probes.one_pass_trainer import SCORED, CountingCollator, Later
+from lora_advisor.probes.weights import load_model
+
+pytestmark = [
+    # peft 0.21 asks transformers 5.23 by names that transformers calls deprecated.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+ASKED = ("log_probs", "entropy", "is_top1")
+ROWS, WIDTH, VOCABULARY, COLUMNS = 300, 32, 1000, 256
+
+
+class Head:
+    """States, a head and targets; the first fifty rows are sure of theirs."""
+
+    def __init__(self, dtype: torch.dtype, *, bias: bool) -> None:
+        torch.manual_seed(0)
+        self.hidden = torch.randn(ROWS, WIDTH, dtype=dtype)
+        self.weight = torch.randn(VOCABULARY, WIDTH, dtype=dtype)
+        self.bias = torch.randn(VOCABULARY, dtype=dtype) if bias else None
+        self.targets = torch.randint(0, VOCABULARY, (ROWS,))
+        self.targets[:50] = (self.hidden @ self.weight.t())[:50].argmax(-1)
+        self.incoming = torch.randn(ROWS)
+
+    def run(self, function: Any, *how: Any) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return a function's log-probabilities, entropy and hits, and the states' gradient."""
+        states = self.hidden.clone().requires_grad_()
+        temperature, softcap, scale = how
+        outputs = function.apply(
+            states,
+            self.weight,
+            self.bias,
+            self.targets,
+            temperature,
+            COLUMNS,
+            softcap,
+            scale,
+            ASKED,
+        )
+        (outputs[0] * self.incoming).sum().backward()
+        assert states.grad is not None
+        return [outputs[0].detach(), outputs[1], outputs[4]], states.grad
+
+    def exact(self, temperature: float, softcap: float | None, scale: float) -> torch.Tensor:
+        """Return the gradient in 64 bits, all logits at once."""
+        states = self.hidden.double().requires_grad_()
+        logits = states @ self.weight.double().t()
+        logits = (logits if self.bias is None else logits + self.bias.double()) * scale
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        known = (logits / temperature).log_softmax(-1).gather(-1, self.targets[:, None])[:, 0]
+        (known * self.incoming).sum().backward()
+        assert states.grad is not None
+        return states.grad
+
+
+HOW = {"plain": (1.0, None, 1.0), "bent": (0.7, 20.0, 0.5)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", HOW)
+def test_head_returns_what_trls_does_and_as_good_a_gradient(
+    how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 128)  # three tiles of rows
+    head = Head(dtype, bias=how == "bent")
+    theirs, their_gradient = head.run(ChunkedLogProbFunction, *HOW[how])
+    ours, our_gradient = head.run(OnePassLogProb, *HOW[how])
+
+    for mine, other in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours[2], theirs[2])
+    exact = head.exact(*HOW[how])
+    for rows in (slice(0, 50), slice(50, None)):  # sure of their target, and not
+        size = exact[rows].norm()
+        error = (our_gradient[rows] - exact[rows]).norm() / size
+        their_error = (their_gradient[rows] - exact[rows]).norm() / size
+        assert error <= 1.15 * their_error + 1e-6
+
+
+def test_a_trained_head_and_other_outputs_are_left_to_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unasked(*_: Any) -> Any:
+        raise AssertionError("ran")
+
+    monkeypatch.setattr(OnePassLogProb, "apply", unasked)
+    head = Head(torch.float32, bias=False)
+    states = head.hidden.requires_grad_()
+    rest = (head.targets, 1.0, COLUMNS, None, 1.0)
+    marked = torch.nn.Parameter(head.weight, requires_grad=False)
+    marked.one_pass = True  # type: ignore[attr-defined]
+    choose = one_pass_head._Choice.apply
+
+    with pytest.raises(AssertionError, match="ran"):
+        choose(states, marked, None, *rest, ASKED)
+    choose(states, marked, None, *rest, (*ASKED, "mean_logits"))
+    choose(states, head.weight, None, *rest, ASKED)  # not marked
+    with torch.no_grad():
+        choose(states, marked, None, *rest, ASKED)
+    marked.requires_grad_()
+    assert choose(states, marked, None, *rest, ASKED)[0].requires_grad
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    save_model(path)
+    return path
+
+
+def _config(loss: str, model: Path | str = "tiny", **changes: Any) -> RunConfig:
+    words = {"trainer": "trl", "micro_batch": 3, "seq_len": 24, "loss": loss}
+    words["lora"] = LoraShape(r=4, alpha=8, dropout=0.0, targets="all-linear")
+    return config_of(Path(model), **{**words, **changes})
+
+
+def _model(config: RunConfig) -> Any:
+    return load_model(config, resolve_architecture(config.model), "cpu")
+
+
+def _rows() -> list[dict[str, list[int]]]:
+    """Return rows of several lengths, the first half of each without a loss, one without any."""
+    torch.manual_seed(0)
+    rows = []
+    for length in (24, 9, 17, 24, 12, 5):
+        ids = torch.randint(3, 250, (length,)).tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]})
+    rows[1]["labels"] = [-100] * 9
+    return rows
+
+
+def _trainer(config: RunConfig, folder: Path) -> Any:
+    torch.manual_seed(1)
+    model = _model(config)
+    schedule = Schedule(max_steps=3, output_dir=str(folder), logging_steps=1, learning_rate=1e-2)
+    return build_trainer(
+        config, model, rows=_rows(), tokenizer=padding_tokenizer(259), schedule=schedule,
+        device="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_training_and_its_log_are_those_of_trl(packing: bool, folder: Path, tmp_path: Path) -> None:
+    logs, trained = [], []
+    for loss in ("fused", "one_pass"):
+        trainer = _trainer(_config(loss, folder, packing=packing), tmp_path / loss)
+        trainer.train()
+        logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+        trained.append({n: p for n, p in trainer.model.named_parameters() if p.requires_grad})
+
+    for theirs, ours in zip(*logs, strict=True):
+        assert theirs.keys() == ours.keys() and len(ours) > 5
+        assert ours["num_tokens"] == theirs["num_tokens"] > 0
+        for key in theirs:
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-5, abs=1e-7), key
+    for name, value in trained[0].items():
+        torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-4)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values read, and sizes that depend on them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.name())
+        if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_micro_batch_reads_nothing_back(folder: Path, tmp_path: Path) -> None:
+    read = {}
+    for loss in ("fused", "one_pass"):
+        trainer = _trainer(_config(loss, folder), tmp_path / loss)
+        trainer.create_optimizer_and_scheduler(1)
+        batch = trainer.data_collator(_rows()[:3])
+        trainer.model.train()
+        vars(trainer)["current_gradient_accumulation_steps"] = 1
+        items = torch.tensor(20)
+        with Reads() as reads:
+            trainer.training_step(trainer.model, batch, items)
+        read[loss] = reads.names
+    assert len(read["fused"]) >= 3
+    # What is left is Accelerate's: it asks whether gradients are to be kept from all-reduce.
+    assert read["one_pass"] == []
+
+
+def test_collator_counts_what_is_trained_and_is_else_its_own() -> None:
+    class Inner:
+        pad = 7
+
+        def __call__(self, rows: Any) -> dict[str, Any]:
+            return {"labels": torch.tensor([[5, 6, -100], [7, -100, 8]])}
+
+    collator = CountingCollator(Inner())
+    assert collator([])[SCORED] == 2  # the first of a row is nobody's target
+    assert collator.pad == 7
+
+
+def test_a_later_number_is_read_when_asked_for() -> None:
+    number = Later(torch.tensor([2.0, 4.0]))
+    assert float(number.sum()) == 6 and float(number.mean()) == 3
+    assert float(1 + number.sum() / Later(torch.tensor(4))) == 2.5
+    assert float(number.sum().item() // 4) == 1
+    assert number > 0
+    assert float(number.sum() / Later(torch.tensor(0))) == 0
+
+
+def test_marking_a_head_changes_no_other_models_loss(folder: Path) -> None:
+    config = _config("one_pass", folder)
+    model, other = _model(config), _model(config)
+    take_one_pass(model)
+    assert model.get_output_embeddings().weight.one_pass
+    assert not hasattr(other.get_output_embeddings().weight, "one_pass")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"trainer": "transformers"}, "with trainer 'transformers'"),
+        ({"method": "full", "lora": None}, "with method 'full'"),
+        ({"stage": "dpo"}, "with stage 'dpo'"),
+    ],
+)
+def test_where_it_cannot_be_is_said(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        _config("one_pass", **changes)
