@@ -4,7 +4,8 @@ Between a micro-batch's first kernel and its last, TRL 1.16 reads six values bac
 trained, twice forward and twice backward, and the sums its metrics are made of. Each time the host
 waits until the device has done everything; then the device waits for the host, which has nothing
 prepared. Here the collator, which has the labels on the host, counts the trained tokens, so that
-their places are found without reading back, and the metrics are read when they are logged.
+their places are found without reading back; embeddings in host memory are told the tokens; and the
+metrics are read when they are logged.
 
 What is trained is the same: the same tokens, the same loss, the same gradients.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 from unittest import mock
@@ -24,8 +26,15 @@ from trl.trainer import utils
 
 from lora_advisor.probes.one_pass_head import take_one_pass
 
-#: The key of a batch that says how many of its tokens are trained.
-SCORED = "scored_tokens"
+#: Keys of a batch: how many of its tokens are trained, and its tokens as they are on the host.
+SCORED, ON_HOST = "scored_tokens", "host_tokens"
+
+
+@dataclass(frozen=True)
+class HostTokens:
+    """Tokens that stay on the host where a batch goes to the device, (rows, length)."""
+
+    ids: torch.Tensor
 
 
 class OnePassTrainer(SFTTrainer):  # type: ignore[misc] # TRL leaves its methods untyped
@@ -78,6 +87,7 @@ class CountingCollator:
         """Return the batch of some rows."""
         batch = self._collator(rows)
         batch[SCORED] = int((batch["labels"][:, 1:] != -100).sum())
+        batch[ON_HOST] = HostTokens(batch["input_ids"])
         return batch
 
 
@@ -138,10 +148,13 @@ def _find_tokens_by_count(base: Any) -> None:
 
     @functools.wraps(theirs)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        count = kwargs.pop(SCORED, None)
+        count, tokens = kwargs.pop(SCORED, None), kwargs.pop(ON_HOST, None)
         labels = kwargs.get("labels")
         if count is None or labels is None or not self.training or not kwargs.get("fused_lm_head"):
             return theirs(*args, **kwargs)
+        embeddings = self.get_input_embeddings()
+        if hasattr(embeddings, "expect"):  # those in host memory
+            embeddings.expect(tokens.ids)
         following = labels[:, 1:]
         places = torch.nonzero_static((following != -100).reshape(-1), size=count).squeeze(-1)
         kwargs["labels"] = None

@@ -18,7 +18,7 @@ from lora_advisor.probes.config import LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
 from lora_advisor.probes.one_pass_head import OnePassLogProb, take_one_pass
-from lora_advisor.probes.one_pass_trainer import SCORED, CountingCollator, Later
+from lora_advisor.probes.one_pass_trainer import ON_HOST, SCORED, CountingCollator, Later
 from lora_advisor.probes.weights import load_model
 
 pytestmark = [
@@ -57,7 +57,8 @@ class Head:
             scale,
             ASKED,
         )
-        (outputs[0] * self.incoming).sum().backward()
+        total: Any = (outputs[0] * self.incoming).sum()
+        total.backward()
         assert states.grad is not None
         return [outputs[0].detach(), outputs[1], outputs[4]], states.grad
 
@@ -68,7 +69,8 @@ class Head:
         logits = (logits if self.bias is None else logits + self.bias.double()) * scale
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         known = (logits / temperature).log_softmax(-1).gather(-1, self.targets[:, None])[:, 0]
-        (known * self.incoming).sum().backward()
+        total: Any = (known * self.incoming).sum()
+        total.backward()
         assert states.grad is not None
         return states.grad
 
@@ -175,11 +177,11 @@ def test_training_and_its_log_are_those_of_trl(packing: bool, folder: Path, tmp_
         torch.testing.assert_close(trained[1][name], value, rtol=1e-4, atol=1e-4)
 
 
-class Reads(TorchDispatchMode):
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it untyped
     """Counts what makes the host wait for a device: values read, and sizes that depend on them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -189,10 +191,11 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_micro_batch_reads_nothing_back(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("embedding", ["device", "host"])
+def test_a_micro_batch_reads_nothing_back(embedding: str, folder: Path, tmp_path: Path) -> None:
     read = {}
     for loss in ("fused", "one_pass"):
-        trainer = _trainer(_config(loss, folder), tmp_path / loss)
+        trainer = _trainer(_config(loss, folder, embedding=embedding), tmp_path / loss)
         trainer.create_optimizer_and_scheduler(1)
         batch = trainer.data_collator(_rows()[:3])
         trainer.model.train()
@@ -200,6 +203,8 @@ def test_a_micro_batch_reads_nothing_back(folder: Path, tmp_path: Path) -> None:
         items = torch.tensor(20)
         with Reads() as reads:
             trainer.training_step(trainer.model, batch, items)
+        embeddings = trainer.model.get_base_model().get_input_embeddings()
+        assert "known" not in vars(embeddings)  # told, and taken
         read[loss] = reads.names
     assert len(read["fused"]) >= 3
     # What is left is Accelerate's: it asks whether gradients are to be kept from all-reduce.
@@ -211,10 +216,13 @@ def test_collator_counts_what_is_trained_and_is_else_its_own() -> None:
         pad = 7
 
         def __call__(self, rows: Any) -> dict[str, Any]:
-            return {"labels": torch.tensor([[5, 6, -100], [7, -100, 8]])}
+            labels = torch.tensor([[5, 6, -100], [7, -100, 8]])
+            return {"input_ids": labels.abs(), "labels": labels}
 
     collator = CountingCollator(Inner())
-    assert collator([])[SCORED] == 2  # the first of a row is nobody's target
+    batch = collator([])
+    assert batch[SCORED] == 2  # the first of a row is nobody's target
+    assert batch[ON_HOST].ids is batch["input_ids"]
     assert collator.pad == 7
 
 
