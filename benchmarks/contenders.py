@@ -62,7 +62,10 @@ def checkpointed(plan: Plan, method: str, rows: int) -> RunConfig:
 
 def contenders(plan: Plan, sizes: list[int]) -> list[tuple[str, list[RunConfig]]]:
     """Return who runs what, each in the order it is tried until memory runs out."""
-    found = [
+    found = []
+    if plan.chosen.config.loss == "one_pass":
+        found.append(("the plan with TRL's loss", [plan.chosen.config.replace(loss="fused")]))
+    found += [
         ("TRL, defaults", [trl(plan, "lora", DEFAULT_ROWS)]),
         ("transformers, defaults", [transformers(plan, "lora", DEFAULT_ROWS)]),
     ]
@@ -200,6 +203,7 @@ def main() -> None:
     )
     parser.add_argument("--unsloth-seconds", type=float, default=240.0, help="For each method.")
     parser.add_argument("--until", type=float, default=540.0, help="Start nothing after this.")
+    parser.add_argument("--note", default="", help="Goes into the file: what ran beside it.")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.table is not None:
@@ -224,6 +228,7 @@ def main() -> None:
     def keep() -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         found = {
+            "date": time.strftime("%Y-%m-%d"), "note": arguments.note,
             "machine": machine.to_json(), "stack": stack.to_json(), "model": plan.spec.model,
             "seq_len": plan.spec.seq_len, "cap_bytes": cap_bytes, "best": summary(runs),
             "runs": runs,

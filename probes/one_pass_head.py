@@ -33,6 +33,9 @@ _transform = theirs._transform
 #: Outputs beside the log-probabilities that are known here; with others TRL's function runs.
 _KNOWN = frozenset(("log_probs", "entropy", "is_top1"))
 _BLOCK = 2048
+#: Weights of columns are held so much larger in fp16, whose smallest number is 6e-8: a vocabulary
+#: of 150,000 has many that are smaller, and the largest is 1.
+_HALF = 1024.0
 
 
 def take_one_pass(model: Any) -> None:
@@ -95,7 +98,8 @@ class OnePassLogProb(torch.autograd.Function):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
-        how = _How(logit_scale, softcap, 1 / temperature, "entropy" in outputs)
+        boost = _HALF if dtype is torch.float16 else 1.0
+        how = _How(logit_scale, softcap, 1 / temperature, "entropy" in outputs, boost)
         seen = _Seen.nothing(hidden)
         gradient = torch.empty_like(hidden)
         rows = max(1, min(len(hidden), theirs.TOKEN_CHUNK_SIZE))
@@ -141,6 +145,7 @@ class _How:
     softcap: float | None
     inverse_temperature: float
     entropy: bool
+    boost: float
 
     def logits(self, products: torch.Tensor) -> torch.Tensor:
         """Return the logits of products, in their dtype."""
@@ -196,7 +201,7 @@ def _gradient(
     weight: torch.Tensor, targets: torch.Tensor, seen: _Seen, sums: torch.Tensor, how: _How
 ) -> torch.Tensor:
     """Return the gradient of each row's log-probability, (n, H) in fp32, over `sums`."""
-    sums.div_(-seen.total.unsqueeze(-1))
+    sums.div_(-how.boost * seen.total.unsqueeze(-1))
     slopes = how.slopes(seen.target)
     of_target = seen.others / seen.total * slopes
     sums.addcmul_(weight[targets].float(), of_target.unsqueeze(-1))
@@ -210,7 +215,7 @@ def fold_tile(
     """Add a tile of products to what is seen; leave in it the weights of its columns.
 
     Args:
-        tile: (n, columns); becomes e^(logit - top) times its slope, zero at the target.
+        tile: (n, columns); becomes e^(logit - top) times slope and boost, zero at the target.
         targets: (n,).
         seen: Of these rows.
         sums: (n, H) in fp32, gathered under the top before; scaled to the new one.
@@ -221,6 +226,7 @@ def fold_tile(
         _fold_kernel[(len(tile),)](
             tile, tile.stride(0), targets, *seen, sums, sums.stride(0), sums.shape[1],
             start, tile.shape[1], how.scale, how.softcap or 1.0, how.inverse_temperature,
+            how.boost,
             HAS_SOFTCAP=how.softcap is not None, HAS_ENTROPY=how.entropy, BLOCK=_BLOCK,
         )  # fmt: skip
         return
@@ -241,14 +247,14 @@ def fold_tile(
     seen.target.copy_(torch.where(here, target, seen.target.unsqueeze(-1)).squeeze(-1))
     seen.top.copy_(top)
     sums.mul_(scaled.unsqueeze(-1))
-    tile.copy_(weights * how.slopes(logits))
+    tile.copy_(weights * how.slopes(logits) * how.boost)
 
 
 @theirs._jit  # type: ignore[untyped-decorator]
 def _fold_kernel(  # type: ignore[no-untyped-def]
     tile_ptr, tile_stride, targets_ptr,
     top_ptr, total_ptr, others_ptr, weighted_ptr, before_ptr, target_ptr,
-    sums_ptr, sums_stride, hidden_size, vocab_start, n_cols, logit_scale, softcap, inv_t,
+    sums_ptr, sums_stride, hidden_size, vocab_start, n_cols, logit_scale, softcap, inv_t, boost,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,  # noqa: N803
 ):  # fmt: skip
     # `fold_tile`, one program a row
@@ -287,7 +293,7 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
         if HAS_SOFTCAP:
             bent = z / (softcap * inv_t)
             e = e * (1 - bent * bent)
-        tl.store(row_ptr + offsets, e.to(tile_ptr.dtype.element_ty), mask=mask)
+        tl.store(row_ptr + offsets, (e * boost).to(tile_ptr.dtype.element_ty), mask=mask)
     tl.store(top_ptr + row, top)
     tl.store(before_ptr + row, before)
     tl.store(total_ptr + row, total)

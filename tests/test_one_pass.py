@@ -78,7 +78,7 @@ class Head:
 HOW = {"plain": (1.0, None, 1.0), "bent": (0.7, 20.0, 0.5)}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", HOW)
 def test_head_returns_what_trls_does_and_as_good_a_gradient(
     how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
