@@ -44,6 +44,7 @@ PLAIN = {
 TRL = {"trainer": "trl", "loss": "fused"}
 ARMS: dict[str, dict[str, Any]] = {
     "TRL's fused loss": TRL,
+    "the loss in one pass": {**TRL, "loss": "one_pass"},
     "fused adapter": {"adapter": "fused"},
     "checkpointing of every layer": {"checkpointing": "full"},
     "checkpointing of every second layer": {"checkpointing": "every_2"},

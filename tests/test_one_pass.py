@@ -7,18 +7,30 @@ from typing import Any
 
 import pytest
 import torch
+from exported import recipe
 from tiny_model import save_model
 from tiny_training import config_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 
+from lora_advisor.advisor.configuring import _notes
+from lora_advisor.advisor.export_axolotl import AXOLOTL
+from lora_advisor.advisor.export_trl import TRL
+from lora_advisor.advisor.export_unsloth import UNSLOTH
+from lora_advisor.advisor.export_words import settle
+from lora_advisor.advisor.space import build_space
+from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes import one_pass_head
 from lora_advisor.probes.architectures import resolve_architecture
+from lora_advisor.probes.cards import find_card
 from lora_advisor.probes.config import LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
+from lora_advisor.probes.machine import GIB, cpu_machine, detect_stack
 from lora_advisor.probes.one_pass_head import OnePassLogProb, take_one_pass
 from lora_advisor.probes.one_pass_trainer import ON_HOST, SCORED, CountingCollator, Later
+from lora_advisor.probes.spec import Spec
+from lora_advisor.probes.trace import trace_step
 from lora_advisor.probes.weights import load_model
 
 pytestmark = [
@@ -254,3 +266,52 @@ def test_marking_a_head_changes_no_other_models_loss(folder: Path) -> None:
 def test_where_it_cannot_be_is_said(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         _config("one_pass", **changes)
+
+
+def test_a_trace_has_one_product_with_the_head_less_and_no_more_memory() -> None:
+    architecture = resolve_architecture("qwen2.5-0.5b")
+    traces = {}
+    for loss in ("fused", "one_pass"):
+        config = _config(
+            loss, "qwen2.5-0.5b", precision="bf16", micro_batch=2, seq_len=512, accumulation=1
+        )
+        traces[loss] = trace_step(config, architecture, layers=2, capability="9.0")
+
+    figures = architecture.hf_config
+    product = 2 * 2 * 511 * figures["hidden_size"] * figures["vocab_size"]
+    saved = traces["fused"].total_work().matmul_flops - traces["one_pass"].total_work().matmul_flops
+    assert saved == pytest.approx(product, rel=1e-3)
+    peaks = {loss: traced_memory(trace, expandable=True) for loss, trace in traces.items()}
+    assert peaks["one_pass"].allocated_bytes <= peaks["fused"].allocated_bytes * 1.01
+
+
+def test_a_plan_takes_it_where_it_goes() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "one_pass"),
+        ({"method": "full"}, "fused"),
+        ({"stage": "dpo"}, "fused"),
+        ({"trainer": "transformers"}, "full"),
+    ]
+    for fixed, loss in cases:
+        spec = Spec(model="qwen2.5-0.5b", vram_bytes=8 * GIB, seq_len=512, fixed=fixed)
+        space = build_space(spec, cpu_machine(), detect_stack(), find_card("rtx-4060"))
+        assert {config.loss for config in space.configs() if config.kernels == "none"} == {loss}
+
+
+def test_an_export_says_what_is_given_up_and_a_script_for_trl_carries_it() -> None:
+    config = _config("one_pass", "qwen2.5-0.5b", precision="bf16")
+    kept, lost = settle(config, TRL.rules(recipe()))
+    assert kept.loss == "one_pass" and not lost
+    script = TRL.write(kept, recipe(), config)
+    compile(script, "script", "exec")
+    assert "import OnePassTrainer" in script and "SFTTrainer" not in script
+    for target in (UNSLOTH, AXOLOTL):
+        kept, lost = settle(config, target.rules(recipe()))
+        assert kept.loss == "fused"
+        assert any("one-pass loss" in one.why for one in lost)
+
+
+def test_a_script_of_ones_own_is_told_whose_trainer_has_it() -> None:
+    told = [" ".join(_notes(_config(loss), "cpu")) for loss in ("fused", "one_pass")]
+    assert "OnePassTrainer" not in told[0]
+    assert "OnePassTrainer" in told[1]
