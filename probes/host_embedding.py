@@ -70,13 +70,18 @@ def keep_on_host(model: Any) -> None:
                 rows = rows.pin_memory()
             return rows.to(ids.device, non_blocking=True)
 
-        def expect(self, ids: torch.Tensor) -> None:
-            """Take the next call's tokens, which spares asking the device for them.
+        @contextlib.contextmanager
+        def told(self, ids: torch.Tensor) -> Iterator[None]:
+            """Know the tokens of the next call meanwhile, and not ask the device for them.
 
             Args:
                 ids: Those tokens, in host memory.
             """
-            object.__setattr__(self, "known", ids)
+            vars(self)["known"] = ids
+            try:
+                yield
+            finally:
+                vars(self).pop("known", None)
 
     embeddings.to("cpu")
     for note in _told:

@@ -152,14 +152,16 @@ def _find_tokens_by_count(base: Any) -> None:
         labels = kwargs.get("labels")
         if count is None or labels is None or not self.training or not kwargs.get("fused_lm_head"):
             return theirs(*args, **kwargs)
-        embeddings = self.get_input_embeddings()
-        if hasattr(embeddings, "expect"):  # those in host memory
-            embeddings.expect(tokens.ids)
         following = labels[:, 1:]
         places = torch.nonzero_static((following != -100).reshape(-1), size=count).squeeze(-1)
         kwargs["labels"] = None
         targets = following.reshape(-1).index_select(0, places)[None]
-        with _only(self.base_model, places), mock.patch.object(utils, "_use_triton", _no):
+        in_host_memory = getattr(self.get_input_embeddings(), "told", None)
+        with contextlib.ExitStack() as stack:
+            if in_host_memory is not None:
+                stack.enter_context(in_host_memory(tokens.ids))
+            stack.enter_context(_only(self.base_model, places))
+            stack.enter_context(mock.patch.object(utils, "_use_triton", _no))
             return theirs(*args, shift_labels=targets, **kwargs)
 
     base.forward = MethodType(forward, base)

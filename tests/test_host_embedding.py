@@ -191,3 +191,19 @@ def test_a_script_says_so_and_is_read_back(tmp_path: Path) -> None:
     assert RunConfig.from_json(config.to_json()) == config
     assert "embedding" not in config.replace(embedding="device").to_json()
     assert plan_of(config).chosen.config.embedding == "host"
+
+
+def test_tokens_that_were_told_are_those_of_one_call_and_forgotten_after_a_failure() -> None:
+    model = built(next(kind for kind in KINDS if "llama" in kind.lower()))
+    keep_on_host(model)
+    embeddings = model.get_input_embeddings()
+    ids, others = torch.randint(3, 900, (2, 2, 17))
+    expected, of_others = embeddings(ids), embeddings(others)
+    assert not torch.equal(expected, of_others)
+
+    with embeddings.told(ids):  # what the device holds is not looked at, once
+        assert torch.equal(embeddings(others), expected)
+        assert torch.equal(embeddings(others), of_others)
+    with pytest.raises(MemoryError), embeddings.told(ids):
+        raise MemoryError
+    assert torch.equal(embeddings(others), of_others)
