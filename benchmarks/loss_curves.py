@@ -97,6 +97,7 @@ def main() -> None:
         "--data", type=Path, default=ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
     )
     parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/loss_curves.json"))
@@ -120,7 +121,8 @@ def main() -> None:
             began = time.monotonic()
             curves[name] = losses(plain, rows, arguments.steps, folder)
             print(f"{time.monotonic() - began:.0f} s", name, curves[name][-3:], flush=True)
-            for arm, more in ARMS.items():
+            for arm in arguments.arms:
+                more = ARMS[arm]
                 began = time.monotonic()
                 try:
                     curve = losses(plain.replace(**more), rows, arguments.steps, folder)
