@@ -74,8 +74,8 @@ class Space:
 def _loss(values: Mapping[str, Any]) -> str:
     """Return how the loss is computed: in one pass wherever that goes.
 
-    It multiplies with the head twice where TRL's does three times, and waits for the device nowhere
-    (benchmarks/results/one_pass_h100_2026-11-27.json).
+    It multiplies with the head twice where TRL's does three times, and does not
+    wait for the device in padded rows (benchmarks/results/one_pass_h100_2026-11-27.json).
     """
     if values["trainer"] == "trl":
         return "fused" if values["stage"] == "dpo" or values["method"] == "full" else "one_pass"

@@ -266,8 +266,10 @@ class RunConfig:
             )
 
     def _check_one_pass(self) -> None:
+        foreign = self.trainer != "trl"
+        instead = '"fused" or "full"' if foreign else '"fused"'
         for name, wrong, why in (
-            ("trainer", self.trainer != "trl", "it is a trainer of TRL's that computes it"),
+            ("trainer", foreign, "it is a trainer of TRL's that computes it"),
             ("stage", self.stage != "sft", "DPO asks for more than the targets' probabilities"),
             (
                 "method",
@@ -277,7 +279,7 @@ class RunConfig:
         ):
             if wrong:
                 raise UsageError(
-                    f'`loss` must be "fused" or "full" with {name} {getattr(self, name)!r}, not '
+                    f"`loss` must be {instead} with {name} {getattr(self, name)!r}, not "
                     f'"one_pass": {why}.'
                 )
 

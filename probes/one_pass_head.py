@@ -12,7 +12,7 @@ flash attention (arXiv 2205.14135, section 3.1) what was gathered is scaled when
 grows. The target stands apart, or bf16 would round away the small difference of a sure token.
 
 Only where the head is frozen, as adapters leave it: otherwise, and without gradients, TRL's
-function runs. What it returns and what it takes is the same.
+function runs. What it takes and returns is the same, but that its entropy has no gradient.
 """
 
 from __future__ import annotations

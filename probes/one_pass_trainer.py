@@ -1,11 +1,12 @@
-"""TRL's SFTTrainer whose micro-batches never wait for the device.
+"""TRL's SFTTrainer whose micro-batches of padded rows do not wait for the device.
 
 Between a micro-batch's first kernel and its last, TRL 1.16 reads six values back: which tokens are
 trained, twice forward and twice backward, and the sums its metrics are made of. Each time the host
 waits until the device has done everything; then the device waits for the host, which has nothing
 prepared. Here the collator, which has the labels on the host, counts the trained tokens, so that
 their places are found without reading back; embeddings in host memory are told the tokens; and the
-metrics are read when they are logged.
+metrics are read when they are logged. Packed rows still wait once, for transformers asks where each
+begins.
 
 What is trained is the same: the same tokens, the same loss, the same gradients.
 """
@@ -64,8 +65,9 @@ class OnePassTrainer(SFTTrainer):  # type: ignore[misc] # TRL leaves its methods
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log what TRL logs; this is when metrics are read."""
-        for values in self._metrics["train"].values():
-            values[:] = [float(value) for value in values]
+        for kept in self._metrics.values():  # an evaluation's holds the trained tokens too
+            for values in kept.values():
+                values[:] = [float(value) for value in values]
         self._total_train_tokens = int(float(vars(self)["_total_train_tokens"]))
         super().log(*args, **kwargs)
 
@@ -96,7 +98,7 @@ class Later:
 
     def __init__(self, value: torch.Tensor) -> None:
         """Stand for a tensor of one number, or for the several that `sum` and `mean` take."""
-        self._value = value
+        self._value = value.detach()  # or the graph that made it would stay as long
 
     def sum(self) -> Later:
         """Return the sum of its parts."""
@@ -146,7 +148,7 @@ def _find_tokens_by_count(base: Any) -> None:
     """
     theirs = base.forward
 
-    @functools.wraps(theirs)
+    @functools.wraps(getattr(theirs, "__func__", theirs))
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         count, tokens = kwargs.pop(SCORED, None), kwargs.pop(ON_HOST, None)
         labels = kwargs.get("labels")
@@ -179,7 +181,7 @@ def _only(backbone: Any, places: torch.Tensor) -> Iterator[None]:
     def hook(_module: Any, _inputs: Any, outputs: Any) -> Any:
         states = outputs.last_hidden_state[:, :-1]
         flat = states.reshape(-1, states.shape[-1])
-        outputs.last_hidden_state = flat.index_select(0, places)[None]
+        outputs.last_hidden_state = flat.index_select(0, places.to(flat.device))[None]
         return outputs
 
     handle = backbone.register_forward_hook(hook)

@@ -8,6 +8,8 @@ causal attention no token of a row sees what stands behind it, and padding has n
 
 from __future__ import annotations
 
+import functools
+from types import MethodType
 from typing import Any
 
 
@@ -26,7 +28,16 @@ def leave_out_padding_mask(model: Any) -> bool:
     if decoder is None or getattr(text, "use_bidirectional_attention", False):
         return False
     decoder.register_forward_pre_hook(_without_mask, with_kwargs=True)
-    decoder.register_forward_hook(_ask_again, always_call=True)
+    plain = decoder.forward
+
+    @functools.wraps(getattr(plain, "__func__", plain))
+    def forward(self: Any, *arguments: Any, **words: Any) -> Any:
+        try:
+            return plain(*arguments, **words)
+        finally:  # after Ctrl-C too, of which hooks are not told
+            _ask_again(self)
+
+    decoder.forward = MethodType(forward, decoder)
     return True
 
 
@@ -55,7 +66,7 @@ def _ask_nothing(decoder: Any) -> None:
         vars(masking_utils)["find_packed_sequence_indices"] = _not_packed
 
 
-def _ask_again(decoder: Any, *_: Any) -> None:
+def _ask_again(decoder: Any) -> None:
     from transformers import masking_utils
 
     original = vars(decoder).pop("_finds_packed", None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from exported import recipe
 from tiny_model import save_model
-from tiny_training import config_of
+from tiny_training import config_of, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.kernels import ChunkedLogProbFunction, chunked_logprob
 
@@ -213,13 +215,16 @@ def test_a_micro_batch_reads_nothing_back(embedding: str, folder: Path, tmp_path
         trainer.model.train()
         vars(trainer)["current_gradient_accumulation_steps"] = 1
         items = torch.tensor(20)
+        embeddings = trainer.model.get_base_model().get_input_embeddings()
+        tell = mock.Mock(side_effect=getattr(embeddings, "told", None))
+        if embedding == "host":
+            vars(embeddings)["told"] = tell
         with Reads() as reads:
             trainer.training_step(trainer.model, batch, items)
-        embeddings = trainer.model.get_base_model().get_input_embeddings()
-        assert "known" not in vars(embeddings)  # told, and taken
         read[loss] = reads.names
+        wanted = loss == "one_pass" and embedding == "host"
+        assert [call.args[0] is batch["input_ids"] for call in tell.mock_calls] == [True] * wanted
     assert len(read["fused"]) >= 3
-    # What is left is Accelerate's: it asks whether gradients are to be kept from all-reduce.
     assert read["one_pass"] == []
 
 
@@ -315,3 +320,39 @@ def test_a_script_of_ones_own_is_told_whose_trainer_has_it() -> None:
     told = [" ".join(_notes(_config(loss), "cpu")) for loss in ("fused", "one_pass")]
     assert "OnePassTrainer" not in told[0]
     assert "OnePassTrainer" in told[1]
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 2.0, "max_steps": None}, {"eval_steps": 4}])
+def test_a_run_evaluates_keeps_checkpoints_and_loses_the_same(
+    settings: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    lines = [{"text": f"{n} and {n + 1} are {2 * n + 1}, as everybody knows"} for n in range(24)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    after = []
+    for loss in ("fused", "one_pass"):
+        config = _config(loss, folder, seq_len=64)
+        how = {"holdout": 0.2, "save_steps": 5, **settings}
+        after.append(run(config, data, tmp_path / loss, **how).eval_loss_after)
+    assert after[1] == pytest.approx(after[0], rel=1e-3)
+
+
+def test_a_later_number_keeps_no_graph() -> None:
+    states = torch.ones(3, requires_grad=True)
+    assert not Later((states * 2).sum())._value.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("how", HOW)
+def test_the_kernel_computes_what_plain_operations_do(how: str, dtype: torch.dtype) -> None:
+    head = Head(dtype, bias=how == "bent")
+    on_host, gradient = head.run(OnePassLogProb, *HOW[how])
+    for name in ("hidden", "weight", "bias", "targets", "incoming"):
+        value = getattr(head, name)
+        setattr(head, name, None if value is None else value.cuda())
+    on_card, of_card = head.run(OnePassLogProb, *HOW[how])
+    tolerance = 1e-4 if dtype is torch.float32 else 2e-2
+    for mine, other in zip(on_card[:2], on_host[:2], strict=True):
+        torch.testing.assert_close(mine.cpu(), other, rtol=tolerance, atol=tolerance)
+    assert (of_card.cpu() - gradient).norm() <= tolerance * gradient.norm()

@@ -118,3 +118,25 @@ def test_trainings_take_no_mask_and_come_to_the_same(
     assert found[0].eval_loss_after == pytest.approx(found[1].eval_loss_after, rel=1e-4)
     assert found[0].measured.tokens_per_s != found[0].measured.padded_tokens_per_s  # still counted
     assert dict(found[0].losses) == pytest.approx(dict(found[1].losses), rel=1e-4)
+
+
+def test_ctrl_c_within_a_step_leaves_transformers_as_it_was() -> None:
+    from transformers import masking_utils
+
+    original = masking_utils.find_packed_sequence_indices
+    kind = next(kind for kind in KINDS if kind.startswith("phi3"))
+    model = _model(kind)
+    assert leave_out_padding_mask(model)
+    seen: list[Any] = []
+
+    def interrupt(*_: Any) -> None:
+        seen.append(masking_utils.find_packed_sequence_indices)
+        raise KeyboardInterrupt
+
+    handle = finetune.decoder_layers(model)[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**_batch(1000))
+    handle.remove()
+
+    assert seen != [original]
+    assert masking_utils.find_packed_sequence_indices is original
