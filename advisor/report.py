@@ -114,6 +114,11 @@ def _headline(plan: Plan) -> str:
     return f"{plan.architecture.name} on {where}, {gib(plan.spec.vram_bytes)}"
 
 
+def trainer_text(config: RunConfig) -> str:
+    """Return whose trainer runs, with its loss."""
+    return f"{config.trainer}, {config.loss.replace('_', '-')} loss"
+
+
 def config_rows(config: RunConfig) -> list[tuple[str, str]]:
     """Return a configuration knob by knob."""
     quantised = f", {config.quant_type}" + (", double" if config.double_quant else "")
@@ -134,7 +139,7 @@ def config_rows(config: RunConfig) -> list[tuple[str, str]]:
             + (f", compiled {config.compile}" if config.compile != "off" else ""),
         ),
         *([] if batching_of(config) == "random" else [("rows", batching_of(config))]),
-        ("trainer", f"{config.trainer}, {config.loss.replace('_', '-')} loss"),
+        ("trainer", trainer_text(config)),
         ("allocator", config.allocator),
         *([("embeddings", "in host memory")] if config.embedding == "host" else []),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 from lora_advisor.advisor.compare import STAGES, Column, Comparison
-from lora_advisor.advisor.report import gib, interval_text
+from lora_advisor.advisor.report import gib, interval_text, trainer_text
 from lora_advisor.probes.machine import GIB
 from lora_advisor.probes.plan import plain_json
 
@@ -31,7 +31,7 @@ def compare_text(comparison: Comparison) -> str:
     title = (
         f"{config.model}, {config.micro_batch} x {config.seq_len} tokens x {config.accumulation}, "
         f"{config.precision}, {config.optimizer}, checkpointing {config.checkpointing}, "
-        f"{config.trainer}, {config.loss.replace('_', '-')} loss\n"
+        f"{trainer_text(config)}\n"
         f"on {where}, limit {gib(comparison.limit_bytes)}"
     )
     rows = [

@@ -21,6 +21,7 @@ from lora_advisor.probes.spec import Spec
 METHOD = {"lora": 1000.0, "qlora": 800.0, "full": 1.0}
 CHECKPOINTING = {"off": 1.0, "every_4": 0.92, "every_2": 0.85, "full": 0.75}
 MICRO_BATCH = {1: 0.7, 2: 0.9, 4: 1.0}
+OPTIMIZER = {"adamw_torch_fused": 1.0}
 
 
 def speed_of(config: RunConfig) -> float:
@@ -30,6 +31,7 @@ def speed_of(config: RunConfig) -> float:
         METHOD[config.method]
         * CHECKPOINTING[config.checkpointing]
         * MICRO_BATCH[config.micro_batch]
+        * OPTIMIZER.get(config.optimizer, 0.97)
         * trainer
     )
 
