@@ -8,11 +8,11 @@ DEFAULT_BATCH = 24
 #: Knobs of RunConfig that an option of the same name fixes, with the words it takes.
 KNOBS = {
     "stage": "sft, or dpo on preference pairs",
-    "trainer": "trl, transformers or loop",
+    "trainer": "trl, transformers, loop or unsloth",
     "method": "lora, qlora or full",
     "precision": "bf16, fp16 or fp32",
     "optimizer": "a name of transformers' OptimizerNames",
-    "checkpointing": "off, full, every_N or offload",
+    "checkpointing": "off, full, every_N, offload or unsloth",
     "attention": "sdpa, eager or flash_attention_2",
     "kernels": "none or liger",
     "adapter": "peft, or fused: one function for a product and its adapter",

@@ -23,7 +23,7 @@ from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.probing import check_budget, probe_loop, prove, with_results
 from lora_advisor.advisor.savings import with_savings
 from lora_advisor.advisor.scaling import for_all_cards, one_card, set_aside
-from lora_advisor.advisor.search import search
+from lora_advisor.advisor.search import SearchResult, search
 from lora_advisor.advisor.session import Probe, Say, Session, prober, reuse, run
 from lora_advisor.advisor.space import baseline_config, build_space
 from lora_advisor.advisor.study_file import check_study_file, get_ready, write_study
@@ -173,6 +173,7 @@ def _plan(session: Session, data: DataSummary | None, aside: int) -> tuple[Plan,
         free_trials=session.spec.free_trials,
         beside=[beside],
     )
+    found = _with_engines(session, found)
     session.trials = found.trials
     configs = [candidate.config for candidate in found.feasible]
     longer = _longer(session) if session.spec.longer else ()
@@ -191,6 +192,22 @@ def _plan(session: Session, data: DataSummary | None, aside: int) -> tuple[Plan,
     plan = conclude(session, chosen, baseline, configs, found.infeasible, data)
     plan = dataclasses.replace(plan, front=front([*plan.front, *longer]))
     return with_savings(session, plan), found.study
+
+
+def _with_engines(session: Session, found: SearchResult) -> SearchResult:
+    """Add what another engine could run, where one is installed and may be the plan."""
+    if session.probe is None or session.space.engine is None:
+        return found
+    spec = dataclasses.replace(
+        session.spec, fixed={**session.spec.fixed, "trainer": session.space.engine}
+    )
+    space = build_space(spec, session.machine, session.stack, session.card)
+    more = search(space, session.predictor, objective=spec.objective, seed=spec.seed, free_trials=0)
+    return dataclasses.replace(
+        found,
+        feasible=found.feasible + more.feasible,
+        infeasible=found.infeasible + more.infeasible,
+    )
 
 
 def _longer(session: Session) -> tuple[Candidate, ...]:

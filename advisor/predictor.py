@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.advisor.traces import TraceStore
 from lora_advisor.models.energy import EnergyModel
+from lora_advisor.models.engine import EngineSpeed, engine_memory
 from lora_advisor.models.memory import Context, MemoryModel, Observed, context_of
 from lora_advisor.models.throughput import Observation, StepTime, ThroughputModel
 from lora_advisor.models.traced import TracedMemory
@@ -22,6 +23,7 @@ from lora_advisor.probes.machine import GIB, Machine
 from lora_advisor.probes.plan import Candidate
 from lora_advisor.probes.prediction import Prediction
 from lora_advisor.probes.record import ProbeResult
+from lora_advisor.probes.unsloth import stand_in
 
 #: What Python and its libraries hold on a CPU before the model does: measured 0.6 GiB after the
 #: imports (facts of the packages) and what training adds; probes replace it.
@@ -43,6 +45,7 @@ class Predictor:
         results: The probes behind the models.
         elsewhere: The machine whose runs taught the models of a card that is not here; None for
             none. They are no `results`.
+        engine: How much faster than its stand-in another engine is.
     """
 
     store: TraceStore
@@ -54,6 +57,7 @@ class Predictor:
     energy: EnergyModel | None
     results: tuple[ProbeResult, ...] = ()
     elsewhere: Machine | None = None
+    engine: EngineSpeed = field(default_factory=EngineSpeed)
 
     @classmethod
     def start(
@@ -99,7 +103,19 @@ class Predictor:
             changes["throughput"] = throughput
             changes["energy"] = self._learnt_energy(throughput, ran)
             changes["memory"] = self._learnt_memory([r for r in ran if self.is_whole(r)])
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        taught = dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(taught, engine=taught._learnt_engine())
+
+    def _learnt_engine(self) -> EngineSpeed:
+        """Return how fast another engine is beside what the models, as they are, say."""
+        seen = []
+        for result in self.results:
+            if result.config.is_buildable or not self.is_whole(result) or result.step_s is None:
+                continue
+            expected = self._time_of_stand_in(result.config)
+            if expected is not None:
+                seen.append((expected.value, result.step_s))
+        return EngineSpeed.fit(seen)
 
     def learn_elsewhere(self, results: Sequence[ProbeResult], machine: Machine) -> Predictor:
         """Return models taught by runs of such a card in another machine, none of them a probe."""
@@ -193,13 +209,28 @@ class Predictor:
 
         The time that offloaded checkpoints take to go to the host and back is not modelled.
         """
+        if not config.is_buildable:
+            expected = self._time_of_stand_in(config)
+            return None if expected is None else self.engine.of(expected)
         if self.throughput is None or config.checkpointing == "offload":
             return None
         return self.throughput.time(config, self.work(config))
 
+    def _time_of_stand_in(self, config: RunConfig) -> StepTime | None:
+        if self.throughput is None:
+            return None
+        like = stand_in(config)
+        if like.checkpointing == "offload":
+            like = like.replace(
+                checkpointing="full", quant_type=like.quant_type, double_quant=like.double_quant
+            )
+        return self.throughput.time(like, self.work(config))
+
     def predict(self, config: RunConfig) -> Prediction:
         """Return what one configuration needs and reaches."""
         memory = self.memory.predict(self._traced(config), config)
+        if not config.is_buildable:
+            memory = engine_memory(memory)
         verdict = self.memory.verdict(config, memory, self.limit_bytes)
         step = speed = energy = None
         time = self.time(config)

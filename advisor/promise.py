@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.exchange import LEAST_WARMUP_STEPS
 from lora_advisor.probes.prediction import Prediction
 from lora_advisor.probes.record import ProbeResult
 
@@ -36,8 +37,9 @@ EXPLAINED = 0.9
 #: recorded H100 steps stray so far (tests/recordings/regret).
 NEW_CODE = 0.2
 
-#: Seconds of a probe beside its steps before the first one tells: start and weights, compilation.
-_START_S, _COMPILE_S = 8.0, 20.0
+#: Seconds of a probe beside its steps before the first one tells: start and weights, compilation;
+#: and all of that of another engine, which starts anew and compiles in every process.
+_START_S, _COMPILE_S, _ENGINE_S = 8.0, 20.0, 75.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,14 +89,20 @@ class Costs:
     Attributes:
         starts: Seconds beside steps and compilation, of each probe so far.
         compilations: Seconds of compilation, of each probe that compiled.
+        engines: Seconds beside the steps, of each probe of another engine.
     """
 
     starts: list[float] = field(default_factory=list)
     compilations: list[float] = field(default_factory=list)
+    engines: list[float] = field(default_factory=list)
 
     def note(self, result: ProbeResult, wall_s: float) -> None:
         """Learn from a probe that took `wall_s` in all."""
         if result.outcome != "ok" or result.step_s is None:
+            return
+        if not result.config.is_buildable:
+            steps = LEAST_WARMUP_STEPS + len(result.step_times_s)
+            self.engines.append(max(0.0, wall_s - steps * result.step_s))
             return
         stepping = (result.warmup_s or 0.0) + sum(result.step_times_s)
         self.starts.append(max(0.0, wall_s - stepping))
@@ -103,6 +111,8 @@ class Costs:
 
     def expected_s(self, config: RunConfig, step_s: float | None, steps: int) -> float:
         """Return the seconds that a probe of so many steps is expected to take."""
+        if not config.is_buildable:
+            return max(self.engines, default=_ENGINE_S) + steps * (step_s or 1.0)
         start = statistics.median(self.starts) if self.starts else _START_S
         compilation = 0.0
         if config.compile != "off":

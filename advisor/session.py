@@ -12,7 +12,7 @@ from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.promise import Costs
 from lora_advisor.advisor.space import Space
 from lora_advisor.advisor.spill import without_spills
-from lora_advisor.probes import nvml
+from lora_advisor.probes import nvml, unsloth
 from lora_advisor.probes.architectures import Architecture, with_layers
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import RunConfig
@@ -116,7 +116,8 @@ def reuse(session: Session, record: Path, *, strict: bool = False) -> None:
 
 
 def _is_from_here(session: Session, result: ProbeResult) -> bool:
-    return same_place(result, session.machine, session.stack)
+    here = same_place(result, session.machine, session.stack)
+    return here and result.engine in (None, unsloth.engine())
 
 
 def _as_fit(session: Session, result: ProbeResult) -> ProbeResult:
@@ -191,6 +192,8 @@ def _layers(session: Session, config: RunConfig) -> int | None:
     total = session.architecture.num_layers
     step = session.predictor.predict(config).step_s
     if total is None or step is None or session.architecture.trust_remote_code:
+        return None
+    if not config.is_buildable:  # what fewer of its layers would teach is not known
         return None
     share = _LONG_PROBE_S / (step.value * (WARMUP_STEPS + MEASURED_STEPS))
     layers = max(_LEAST_LAYERS, round(total * share))

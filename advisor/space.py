@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_advisor.advisor.attention import attention
 from lora_advisor.advisor.trace_cache import TraceCache
+from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import embedding_bytes, has_own_head, resolve_architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import LOSSES, LoraShape, RunConfig
@@ -30,12 +31,14 @@ class Space:
         base: What all configurations share.
         effective_batch: Sequences in one optimizer step, the same for all.
         excluded: What was left out, and why.
+        engine: Another engine whose configurations are as legal; None where there is none.
     """
 
     axes: Mapping[str, tuple[Any, ...]]
     base: Mapping[str, Any]
     effective_batch: int
     excluded: tuple[tuple[str, str], ...]
+    engine: str | None = None
 
     def config(self, choice: Mapping[str, Any]) -> RunConfig:
         """Return the configuration of one choice a knob.
@@ -79,6 +82,8 @@ def _loss(values: Mapping[str, Any]) -> str:
     """
     if values["trainer"] == "trl":
         return "fused" if values["stage"] == "dpo" or values["method"] == "full" else "one_pass"
+    if values["trainer"] == unsloth.NAME:
+        return "fused"
     return "fused" if values["kernels"] == "liger" else "full"
 
 
@@ -126,6 +131,16 @@ def build_space(
         axes["seq_len"] = _lengths(spec)
         axes["micro_batch"] = (1,)
     _exclude(axes, excluded, machine, stack)
+    engine = None
+    no_engine = _why_no_engine(spec, machine)
+    if spec.fixed.get("trainer") == unsloth.NAME:
+        if no_engine is not None:
+            raise UsageError(f"`--trainer {unsloth.NAME}` cannot be planned for: {no_engine}.")
+        axes.update({knob: (value,) for knob, value in unsloth.AS_IT_IS.items()})
+    elif no_engine is not None:
+        excluded.append((f"trainer {unsloth.NAME}", no_engine))
+    else:
+        engine = unsloth.NAME
     for knob, value in spec.fixed.items():
         if knob == "micro_batch" and value < 1:
             raise UsageError(f"`--micro-batch` must be at least 1 sequence, but got {value}.")
@@ -136,7 +151,7 @@ def build_space(
             )
         axes[knob] = (value,)
         excluded = [item for item in excluded if not item[0].startswith(f"{knob} ")]
-    if "adapter" not in spec.fixed:
+    if "adapter" not in spec.fixed and spec.fixed.get("trainer") != unsloth.NAME:
         axes["adapter"] = (_adapter(axes, spec),)
     base = {
         "model": spec.model,
@@ -145,10 +160,33 @@ def build_space(
             r=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=spec.targets
         ),
     }
-    space = Space(axes, base, spec.effective_batch, tuple(excluded))
+    space = Space(axes, base, spec.effective_batch, tuple(excluded), engine)
     if next(space.configs(), None) is None:
         raise UsageError(_contradiction(space, spec))
     return space
+
+
+def _why_no_engine(spec: Spec, machine: Machine) -> str | None:
+    """Return why Unsloth is not tried; None where it is."""
+    architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
+    why = unsloth.why_not(
+        architecture.hf_config.get("model_type"),
+        device=machine.kind,
+        stage=spec.fixed.get("stage", "sft"),
+        gpus=spec.gpus,
+    )
+    if why is not None:
+        return why
+    if spec.fixed.get("method") == "full":
+        return "with it adapters are trained here"
+    for knob, value in spec.fixed.items():
+        free = knob == "trainer" and value == unsloth.NAME
+        legal = unsloth.CHECKPOINTING if knob == "checkpointing" else ()
+        if knob == "allocator" or free or value in legal:
+            continue
+        if unsloth.AS_IT_IS.get(knob, value) != value:
+            return f"`--{knob.replace('_', '-')} {value}` is not its way"
+    return None
 
 
 def _adapter(axes: Mapping[str, tuple[Any, ...]], spec: Spec) -> str:

@@ -19,6 +19,7 @@ from lora_advisor.probes.events import Trace, Work
 from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import detect_stack
 from lora_advisor.probes.trace_batch import Batch, Made, trace_quietly
+from lora_advisor.probes.unsloth import stand_in
 
 if TYPE_CHECKING:
     from lora_advisor.probes.interpolate import Size
@@ -261,8 +262,9 @@ def _traced_as(config: RunConfig) -> RunConfig:
 def _replayed_as(config: RunConfig) -> RunConfig:
     """Return the configuration whose replay stands for this one.
 
-    A trace is of full rows, whatever their order.
+    A trace is of full rows, whatever their order. Another engine's step cannot be traced.
     """
+    config = stand_in(config)
     changes: dict[str, Any] = {
         "accumulation": min(config.accumulation, 2),
         "group_by_length": False,

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from lora_advisor.probes import unsloth
+from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.exchange import Answer, Request
 from lora_advisor.probes.forkserver import Fork, ForkServer
 from lora_advisor.probes.rivals import Rivals
@@ -56,7 +58,8 @@ def run_child(
         request.write(folder / "request.json")
         log = folder / "log.txt"
         log.touch()  # a fork that is killed at once has not opened it
-        child = _start(folder / "request.json", folder / "answer.json", log, server)
+        files = folder / "request.json", folder / "answer.json", log
+        child = _start(request.config, files, server)
         try:
             ending = _wait(child, request, timeout_s, rivals)
         finally:
@@ -66,14 +69,20 @@ def run_child(
         return answer_of(ending, Answer.read(folder / "answer.json"), text, request)
 
 
-def _start(request: Path, answer: Path, log: Path, server: ForkServer | None) -> Child:
-    """Fork the worker where there is a server, start a process where there is none."""
-    fork = None if server is None else server.start(request, answer, log)
+def _start(of: RunConfig, files: tuple[Path, Path, Path], server: ForkServer | None) -> Child:
+    """Fork the worker where there is a server, start a process where there is none.
+
+    Another engine has a process of its own in any case: the server has imported our packages.
+    """
+    request, answer, log = files
+    foreign = not of.is_buildable
+    fork = None if server is None or foreign else server.start(request, answer, log)
     if fork is not None:
         return fork
     with log.open("wb") as output:
         return subprocess.Popen(
             worker_command(str(request), str(answer)),
+            env=unsloth.environment() if foreign else None,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

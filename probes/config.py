@@ -22,7 +22,7 @@ from lora_advisor.probes.errors import UsageError
 
 STAGES = ("sft", "dpo")
 TRAINERS = ("trl", "transformers", "loop")
-#: Engines whose rows are read from records but whose steps are not built here.
+#: Engines whose steps are not built here: they run with packages of their own, and are not traced.
 FOREIGN_TRAINERS = ("unsloth",)
 METHODS = ("lora", "qlora", "full")
 QUANT_TYPES = ("nf4", "fp4")
@@ -111,8 +111,8 @@ class RunConfig:
         model: Bundled name, folder, path of a config.json, or hub id.
         stage: "sft", or "dpo": preference pairs and TRL's DPOTrainer. A micro-batch then counts
             pairs, each of which is two sequences.
-        trainer: "trl" (SFTTrainer), "transformers" (Trainer) or "loop" (a bare PyTorch loop without
-            autocast that keeps its outputs until the next step).
+        trainer: "trl" (SFTTrainer), "transformers" (Trainer), "loop" (a bare PyTorch loop without
+            autocast that keeps its outputs until the next step) or "unsloth" (`probes/unsloth.py`).
         method: "lora", "qlora" or "full".
         quant_type: Type of the 4-bit base weights: "nf4" or "fp4"; null without quantisation.
         double_quant: Whether the quantisation constants are quantised too; null without.
@@ -121,8 +121,9 @@ class RunConfig:
         seq_len: Tokens in one sequence, padding included.
         optimizer: A name of transformers' OptimizerNames.
         precision: "bf16", "fp16" or "fp32".
-        checkpointing: "off", "full" (every layer), "every_N" (every N-th layer), or "offload"
-            (every layer, what is stored is held in host memory).
+        checkpointing: "off", "full" (every layer), "every_N" (every N-th layer), "offload"
+            (every layer, what is stored is held in host memory), or "unsloth" (its own form of
+            that).
         attention: "sdpa", "eager" or "flash_attention_2".
         kernels: "none" or "liger".
         loss: "full" (logits of all tokens at once), "fused" (in tiles, never all at once), or
@@ -231,6 +232,8 @@ class RunConfig:
                 )
         elif not isinstance(self.lora, LoraShape):
             raise UsageError(f"`lora` must be given with method {self.method!r}.")
+        if self.trainer in FOREIGN_TRAINERS:
+            self._check_foreign()
         if self.adapter == "fused":
             self._check_fused_adapter()
         if self.stage == "dpo":
@@ -264,6 +267,21 @@ class RunConfig:
                 '`attention` "flash_attention_2" needs precision "bf16" or "fp16": the kernel has '
                 "no fp32 form."
             )
+
+    def _check_foreign(self) -> None:
+        for name, wanted in (
+            ("stage", "sft"),
+            ("kernels", "none"),
+            ("adapter", "peft"),
+            ("compile", "off"),
+            ("embedding", "device"),
+            ("fp32_upcast", False),
+        ):
+            if getattr(self, name) != wanted:
+                raise UsageError(
+                    f"`{name}` must be {wanted} with trainer {self.trainer!r}, whose step is its "
+                    f"own, but got {getattr(self, name)!r}."
+                )
 
     def _check_one_pass(self) -> None:
         foreign = self.trainer != "trl"
@@ -339,7 +357,7 @@ class RunConfig:
 
     @property
     def is_buildable(self) -> bool:
-        """Whether this project can build the step (rows of other engines are only read)."""
+        """Whether this project builds the step itself, so that it can be traced."""
         return self.trainer not in FOREIGN_TRAINERS
 
     def replace(self, **changes: Any) -> Self:

@@ -86,6 +86,19 @@ def build_trainer(
         device: "cuda" or "cpu".
         callbacks: transformers' TrainerCallbacks.
     """
+    if not config.is_buildable:
+        from lora_advisor.probes import unsloth_step
+
+        trainer = unsloth_step.build_trainer(
+            config,
+            model,
+            rows=rows,
+            tokenizer=tokenizer,
+            schedule=schedule,
+            device=device,
+            callbacks=callbacks,
+        )
+        return _finished(trainer, config, rows, schedule)
     prepare_model(config, model)
     leave_out_padding_mask(model)  # its collators pad on the right
     arguments = training_arguments(config, schedule, device=device)
@@ -100,6 +113,13 @@ def build_trainer(
             trainer = _trl_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
         else:
             trainer = _plain_trainer(config, model, rows, tokenizer, schedule, arguments, callbacks)
+    return _finished(trainer, config, rows, schedule)
+
+
+def _finished(
+    trainer: Trainer, config: RunConfig, rows: Sequence[Row], schedule: Schedule
+) -> Trainer:
+    """Give a trainer what all of them have."""
     if config.group_by_length and schedule.shuffle:
         order_by_length(trainer, [len(row["input_ids"]) for row in rows], seed=schedule.seed)
     if config.precision == "fp16":

@@ -65,6 +65,7 @@ class ProbeResult:
         trainable: Number of trained parameters.
         contended: Whether another process used the device.
         started_at: UTC, ISO 8601.
+        engine: Whose step ran, with its versions, where it was another engine's; None for ours.
     """
 
     config: RunConfig
@@ -99,6 +100,7 @@ class ProbeResult:
     trainable: int | None = None
     contended: bool | None = None
     started_at: str | None = None
+    engine: str | None = None
 
     @property
     def step_s(self) -> float | None:
@@ -148,6 +150,8 @@ class ProbeResult:
         )
         for name in (*_TIMES, "throttled"):
             data[name] = None if data[name] is None else list(data[name])
+        if self.engine is None:  # older programs do not know it
+            del data["engine"]
         return data
 
     @classmethod

@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from types import FrameType
 
+from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.child import run_child, worker_command
 from lora_advisor.probes.config import RunConfig
@@ -119,6 +120,7 @@ def _result(
         cap_bytes=request.cap_bytes,
         contended=contended,
         started_at=started_at,
+        engine=None if request.config.is_buildable else unsloth.engine(),
         **measured,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import (
     Architecture,
     attention_of,
@@ -54,6 +55,10 @@ def load_model(config: RunConfig, architecture: Architecture, device: str) -> Pr
     Raises:
         MissingInputError: The stored weights cannot be read.
     """
+    if not config.is_buildable:
+        from lora_advisor.probes import unsloth_step
+
+        return unsloth_step.load_model(config, architecture, device)
     if architecture.weights is None:
         return random_model(config, architecture, device, quantise=quantise_layer)
     from transformers import AutoModelForCausalLM
@@ -261,6 +266,8 @@ def require_packages(config: RunConfig, device: str) -> None:
     """
     from importlib.util import find_spec
 
+    if not config.is_buildable:
+        unsloth.require()
     if config.kernels == "liger":
         if device != "cuda":
             raise UnavailableError(

@@ -82,6 +82,8 @@ def set_environment(request: Request) -> None:
     os.environ.pop("PYTORCH_ALLOC_CONF", None)
     if request.config.allocator == "expandable_segments":
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    elif not request.config.is_buildable:  # which would have them expand where nothing is said
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     nvml.see_first_only()
     if request.architecture.weights is None:
@@ -114,10 +116,6 @@ def _measure(request: Request, meters: list[Meter], output_dir: Path) -> Answer:
     from lora_advisor.probes.weights import load_model, require_packages
 
     config = request.config
-    if not config.is_buildable:
-        raise UsageError(
-            f"`trainer` {config.trainer!r} is another engine, whose step cannot be built here."
-        )
     require_packages(config, request.device)
     meter = open_meter(request.device, request.cap_bytes)
     meters.append(meter)

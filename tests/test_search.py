@@ -205,6 +205,7 @@ def test_a_cpu_leaves_out_what_needs_a_gpu(spec: Spec) -> None:
         "optimizer paged_adamw_8bit",
         "optimizer paged_adamw_32bit",
         "allocator expandable_segments",
+        "trainer unsloth",
     }
 
 
