@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_advisor.advisor.knobs import DEFAULT_BATCH, KNOBS
+from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
 from lora_advisor.probes.cards import Card, card_of, find_card
 from lora_advisor.probes.config import LoraShape, RunConfig
@@ -249,7 +250,8 @@ def training_device(made: Plan, *, ignore: bool) -> str:
     """Return the device a plan is for, here; refuse a plan of another machine or stack."""
 
     stack = detect_stack()
-    if made.stack != stack and not ignore:
+    # A process with another engine's packages goes on for one that has compared.
+    if made.stack != stack and not ignore and not unsloth.is_here():
         changed = [
             f"{name} {old or 'missing'} there, {getattr(stack, name) or 'missing'} here"
             for name, old in made.stack.to_json().items()

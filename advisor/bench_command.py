@@ -176,8 +176,8 @@ def _design(
     )
     if not base.is_buildable:
         raise UsageError(
-            "`--trainer` must be trl, transformers or loop, for another engine decides itself what a "
-            f"factorial changes, but got {base.trainer!r}."
+            "`--trainer` must be trl, transformers or loop, for another engine decides itself what "
+            f"a factorial changes, but got {base.trainer!r}."
         )
     return make_design(
         base, factors, device=device, repeats=options["repeats"], seed=options["seed"]

@@ -67,8 +67,6 @@ def require(config: RunConfig, device: str, *, tensorboard: bool) -> None:
 
     from lora_advisor.probes.weights import require_packages
 
-    if not config.is_buildable:
-        raise UsageError(f"`trainer` {config.trainer!r} is another engine; train with it there.")
     require_packages(config, device)
     if tensorboard and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         raise UnavailableError(

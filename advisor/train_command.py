@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,12 +115,17 @@ def _train(plan_file: Path, options: dict[str, Any], launch: Launch) -> int:
     """Train as one of the processes that a launcher has started, mostly the only one."""
     from lora_advisor.advisor.asking import training_device
     from lora_advisor.advisor.launched import forget_precision, shared_config, take_own_card
+    from lora_advisor.probes import unsloth
     from lora_advisor.probes.plan import read_plan
 
     made = read_plan(plan_file)
     gpus = made.spec.gpus
     config = shared_config(made.chosen.config, planned_for=gpus, processes=launch.size)
     device = training_device(made, ignore=options["ignore_stack"])
+    if not config.is_buildable:
+        _check_alone(config, launch)
+        if not unsloth.is_here():
+            _begin_with_its_packages()
     data = options["data"] or (None if made.spec.data is None else Path(made.spec.data))
     if data is None:
         raise UsageError("`--data` must be given: the plan names no data.")
@@ -130,6 +136,10 @@ def _train(plan_file: Path, options: dict[str, Any], launch: Launch) -> int:
     if device == "cuda":
         take_own_card(launch)
     forget_precision()
+    if not config.is_buildable:
+        from lora_advisor.probes.unsloth_step import begin
+
+        begin()
     if launch.size != gpus and launch.rank == 0:
         _say(
             f"the plan is for {_several(gpus, 'card')}, and {_several(launch.size, 'process')} "
@@ -150,6 +160,29 @@ def _train(plan_file: Path, options: dict[str, Any], launch: Launch) -> int:
         click.echo(json.dumps(result.to_json()) if options["as_json"] else training_text(result))
     guarded = result.stop is not None and result.stop.reason != "over-fitting"
     return _GUARDED if guarded else 0
+
+
+def _check_alone(config: RunConfig, launch: Launch) -> None:
+    if launch.size > 1:
+        raise UsageError(
+            f"one process must train with trainer {config.trainer!r}, but {launch.size} were "
+            "started; start it without a launcher, or plan with --trainer trl."
+        )
+
+
+def _begin_with_its_packages() -> None:
+    """Go on as a process whose packages are the other engine's: the same command, the same number.
+
+    Raises:
+        UnavailableError: It is not installed.
+    """
+    from lora_advisor.probes import unsloth
+
+    environment = unsloth.environment()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, "-P", "-m", "lora_advisor.cli", *sys.argv[1:]]
+    os.execve(sys.executable, command, environment)
 
 
 def _run(
