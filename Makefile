@@ -7,14 +7,21 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help plan install lint types test check clean
+.PHONY: help plan unsloth install lint types test check clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
+# Where `make unsloth` put it, unless the user says otherwise.
+plan: export LORA_ADVISOR_UNSLOTH ?= $(wildcard $(CURDIR)/.unsloth)
 plan: $(VENV)/.installed ## Recommend for 8 GiB: make plan ARGS='--model qwen2.5-7b'
 	@$(BIN)/lora-advisor plan --vram 8 $(ARGS)
+
+unsloth: $(VENV)/.installed ## Install Unsloth into .unsloth, for plans to try
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target .unsloth --requirement requirements-unsloth.txt
+	@echo "export LORA_ADVISOR_UNSLOTH=$(CURDIR)/.unsloth   # make plan finds it by itself"
 
 install: $(VENV)/.installed-dev ## Install with the tools for development
 
@@ -32,7 +39,7 @@ test: $(VENV)/.installed-dev ## Run the tests: make test ARGS=tests/test_config.
 check: lint types test ## All three
 
 clean: ## Remove what was made here, .venv too
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .unsloth build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are the last thing each step does: one that was interrupted runs again.

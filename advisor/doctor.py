@@ -57,6 +57,7 @@ def examine(facts: Facts | None = None) -> tuple[Finding, ...]:
         stack.judge_segments(facts),
         stack.judge_flash_attn(facts),
         stack.judge_liger(facts),
+        stack.judge_unsloth(facts),
         _processes(facts),
         _environment(facts),
         _disk("disk", facts.here, "plans, checkpoints and adapters are written here"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lora_advisor.advisor.asking import cache_dir
 from lora_advisor.advisor.doctor_imports import Imports, try_imports
-from lora_advisor.probes import nvml
+from lora_advisor.probes import nvml, unsloth
 
 #: Variables that change what is measured or what can be loaded.
 VARIABLES = (
@@ -74,6 +74,8 @@ class Facts:
         own_cache: The folder of what is measured and traced.
         ram_bytes: All memory of the host.
         ram_free_bytes: Memory of the host that can be had now.
+        unsloth: Unsloth with its versions, where it is installed.
+        unsloth_folder: The folder that is to hold it; None where none is named.
     """
 
     python: str
@@ -90,6 +92,8 @@ class Facts:
     own_cache: Place
     ram_bytes: int
     ram_free_bytes: int
+    unsloth: str | None = None
+    unsloth_folder: str | None = None
 
 
 def gather() -> Facts:
@@ -114,6 +118,8 @@ def gather() -> Facts:
         own_cache=look_at(cache_dir()),
         ram_bytes=int(memory.total),
         ram_free_bytes=int(memory.available),
+        unsloth=unsloth.engine(),
+        unsloth_folder=os.environ.get(unsloth.FOLDER) or None,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lora_advisor.advisor.doctor_facts import Facts
 from lora_advisor.advisor.finding import Finding, say
+from lora_advisor.probes import unsloth
 
 #: Judged by what importing them shows, not by their version alone.
 _IMPORTED = ("torch", "bitsandbytes")
@@ -215,6 +216,20 @@ def judge_flash_attn(facts: Facts) -> Finding:
         )
         return say("flash-attn", "error", f"{version}: {section['error']}", advice)
     return say("flash-attn", "ok", version)
+
+
+def judge_unsloth(facts: Facts) -> Finding:
+    """Whether the optional other engine is there, and its folder is what it should be."""
+    if facts.unsloth is not None:
+        return say("unsloth", "ok", facts.unsloth)
+    if facts.unsloth_folder is None:
+        advice = "Plans try it where it is: make unsloth, or see requirements-unsloth.txt."
+        return say("unsloth", "ok", "not installed", None if facts.gpu is None else advice)
+    advice = (
+        f"{unsloth.FOLDER} names {facts.unsloth_folder}, which lacks it; see "
+        "requirements-unsloth.txt, or leave the variable out."
+    )
+    return say("unsloth", "warning", "not there", advice)
 
 
 def judge_liger(facts: Facts) -> Finding:

@@ -20,6 +20,7 @@ from lora_advisor.advisor.markdown import fenced, plain, table
 from lora_advisor.advisor.outcome import TrainingResult
 from lora_advisor.advisor.report_training import figures, preference_rows
 from lora_advisor.advisor.samples import NO_BASE, Sample
+from lora_advisor.probes import unsloth
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -285,6 +286,8 @@ def _settings(settings: Mapping[str, Any] | None) -> str:
 
 def _stack(result: TrainingResult) -> str:
     rows = [[name, version] for name, version in result.stack.to_json().items() if version]
+    engine = None if result.config.is_buildable else unsloth.engine()
+    rows += [] if engine is None else [["engine", engine]]
     return table([*rows, ["device", result.device]], ["", ""])
 
 
