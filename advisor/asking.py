@@ -206,8 +206,22 @@ def seconds_of(text: str) -> float:
 
 
 def config_of(options: dict[str, Any]) -> RunConfig:
-    """Return the configuration that `fit` is asked about."""
+    """Return the configuration that `fit` is asked about.
 
+    Raises:
+        UsageError: It is another engine's.
+    """
+    config = _asked(options)
+    if not config.is_buildable:
+        raise UsageError(
+            "`--trainer` must be trl, transformers or loop here, for another engine's step cannot "
+            f"be traced, but got {config.trainer!r}; `plan` measures it on a GPU, where it is "
+            "installed."
+        )
+    return config
+
+
+def _asked(options: dict[str, Any]) -> RunConfig:
     if options["config_file"] is not None:
         if options["config_file"].suffix in (".yaml", ".yml", ".py"):
             from lora_advisor.advisor.export_command import imported_config

@@ -174,11 +174,6 @@ def _design(
             "attention": options["attention"] or attention_of(architecture),
         }
     )
-    if not base.is_buildable:
-        raise UsageError(
-            "`--trainer` must be trl, transformers or loop, for another engine decides itself what "
-            f"a factorial changes, but got {base.trainer!r}."
-        )
     return make_design(
         base, factors, device=device, repeats=options["repeats"], seed=options["seed"]
     )

@@ -181,8 +181,7 @@ def _begin_with_its_packages() -> None:
     environment = unsloth.environment()
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [sys.executable, "-P", "-m", "lora_advisor.cli", *sys.argv[1:]]
-    os.execve(sys.executable, command, environment)
+    os.execve(sys.executable, [sys.executable, "-P", *sys.argv], environment)
 
 
 def _run(
