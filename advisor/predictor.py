@@ -243,6 +243,9 @@ class Predictor:
         evidence = (
             "probed" if self.results and self.throughput and self.throughput.probes else "traced"
         )
+        if not config.is_buildable and not self.engine.probes:
+            evidence = "traced"  # its stand-in was, and nothing is known of itself
+            memory = dataclasses.replace(memory, evidence=evidence)
         if self.elsewhere is not None:
             evidence = "probed elsewhere"
             memory = dataclasses.replace(memory, evidence=evidence)

@@ -137,6 +137,8 @@ def build_space(
         if no_engine is not None:
             raise UsageError(f"`--trainer {unsloth.NAME}` cannot be planned for: {no_engine}.")
         axes.update({knob: (value,) for knob, value in unsloth.AS_IT_IS.items()})
+        # Its probes take a minute and more, so what moves little is not looked at.
+        axes.update({knob: axes[knob][:1] for knob in ("precision", "optimizer")})
     elif no_engine is not None:
         excluded.append((f"trainer {unsloth.NAME}", no_engine))
     else:

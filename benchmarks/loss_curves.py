@@ -156,6 +156,22 @@ def main() -> None:
     rows = [dict(row) for row in made.rows[: arguments.steps * size]]
     found: list[dict[str, Any]] = []
     curves: dict[str, list[float]] = {}
+    on_cpu = arguments.device == "cpu"
+
+    def keep() -> None:
+        arguments.out.write_text(json.dumps({
+            "model": "SmolLM2-135M-Instruct",
+            "data": f"GSM8K train, {size} of its rows of up to {arguments.tokens} tokens a step",
+            "steps": arguments.steps,
+            "tolerance": TOLERANCE,
+            "date": time.strftime("%Y-%m-%d"),
+            "engine": unsloth.engine(),
+            "host": platform.machine() if on_cpu else detect_machine("cuda").name,
+            "stack": detect_stack().to_json(),
+            "plain": {name: [round(loss, 4) for loss in curve] for name, curve in curves.items()},
+            "arms": found,
+        }, indent=1) + "\n", "utf-8")  # fmt: skip
+
     with TemporaryDirectory() as folder:
         for name in arguments.bases:
             changes = BASES[name]
@@ -183,22 +199,11 @@ def main() -> None:
                     "losses": [round(loss, 4) for loss in curve],
                 })  # fmt: skip
                 print(f"{time.monotonic() - began:.0f} s", name, arm, apart, flush=True)
+                keep()
     if {"lora, bf16", "lora, fp32"} <= curves.keys():
         rounding = beside(curves["lora, bf16"], curves["lora, fp32"])
         found.append({"plain": "lora, fp32", "arm": "bf16 for fp32", **rounding})
-    document = {
-        "model": "SmolLM2-135M-Instruct",
-        "data": f"GSM8K train, {size} of its rows of up to {arguments.tokens} tokens a step",
-        "steps": arguments.steps,
-        "tolerance": TOLERANCE,
-        "date": time.strftime("%Y-%m-%d"),
-        "engine": unsloth.engine(),
-        "host": detect_machine("cuda").name if arguments.device == "cuda" else platform.machine(),
-        "stack": detect_stack().to_json(),
-        "plain": {name: [round(loss, 4) for loss in curve] for name, curve in curves.items()},
-        "arms": found,
-    }
-    arguments.out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    keep()
 
 
 if __name__ == "__main__":

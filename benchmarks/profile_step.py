@@ -5,10 +5,11 @@
 
 The step is the plan's own (`build_trainer`), on random weights and full rows, some steps of it
 under PyTorch's profiler. A kernel belongs to what launched it; compiled layers recompute within
-their backward programs, so the picture sets as much aside for that as their forward took. The limit
-is that of matrix products alone: 4 N operations a token (forward, and the gradients of activations,
-of N weights that are not trained), without recomputation, at the speed of a large bf16 product,
-measured in the same run.
+their backward programs, so the picture sets as much aside for that as their forward took: all but
+the loss head, whose share of the matrix products is that of the weights it multiplies with. The
+limit is that of matrix products alone: 4 N operations a token (forward, and the gradients of
+activations, of N weights that are not trained), without recomputation, at the speed of a large bf16
+product, measured in the same run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lora_advisor.probes.plan import Plan, read_plan
 KINDS = (
     ("4-bit weights read", r"dequant|kDequantize"),
     ("attention", r"flash|fmha|attention|sdpa|cudnn"),
-    ("loss head", r"^_forward_kernel|^_backward_kernel|cross_entropy|log_softmax"),
+    ("loss head", r"^_fold_kernel|^_forward_kernel|^_backward_kernel|cross_entropy|log_softmax"),
     ("matrix products", r"gemm|nvjet|cutlass|cublas|xmma|splitK|dot_kernel"),
     ("optimizer and clipping", r"multi_tensor|adam|optimizer|lpnorm"),
     ("pointwise, norms, copies", r""),
@@ -213,6 +214,7 @@ def with_recomputation(found: dict[str, Any]) -> dict[str, dict[str, float]]:
         return table
     forward, backward = table["forward"], table["backward"]
     apart = {k: again * ms for k, ms in forward.items() if k not in _OUTSIDE}
+    apart["matrix products"] *= _layers_share(found)
     left = {kind: ms - apart.get(kind, 0.0) for kind, ms in backward.items()}
     return {
         "forward": forward,
@@ -221,6 +223,17 @@ def with_recomputation(found: dict[str, Any]) -> dict[str, dict[str, float]]:
         "optimizer": table["optimizer"],
         "else": table["else"],
     }
+
+
+def _layers_share(found: dict[str, Any]) -> float:
+    """Return the layers' share of the forward's products: a head in one pass multiplies twice."""
+    from lora_advisor.probes.architectures import resolve_architecture
+
+    config = found["config"]
+    figures = resolve_architecture(config["model"]).hf_config
+    head = figures["vocab_size"] * figures["hidden_size"]
+    layers = found["weights"] - head
+    return float(layers / (layers + head * (2 if config["loss"] == "one_pass" else 1)))
 
 
 def draw(found: dict[str, Any], out: Path) -> None:

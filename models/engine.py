@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from lora_advisor.models.throughput import StepTime
 from lora_advisor.probes.prediction import MemoryPrediction
 
-#: Live tensors of Unsloth's step, as a share of its stand-in's: 1.01 to 1.05 in 23 steps of three
+#: Live tensors of Unsloth's step, as a share of its stand-in's: 1.01 to 1.05 in 13 steps of three
 #: architectures (benchmarks/results/unsloth_memory.json).
 _LIVE = 1.03
 #: How many times as fast it is as its stand-in, in log, before a probe tells; and how far the ratio
-#: strays from one configuration to another. The same steps: 1.5 to 1.8 times as fast as the card's
-#: figures give the stand-in, which itself runs faster than they do.
-_FASTER, _FASTER_DEVIATION, _STRAYS = math.log(1.4), 0.2, 0.08
+#: strays from one configuration to another. 1.26 where probes had taught the models (Qwen2.5-1.5B,
+#: H100, tests/recordings/contenders/plan-qwen2.5-1.5b-1024-with-unsloth.json, which took 1.4);
+#: 1.5 to 1.8 times what a card's figures give the stand-in, which itself runs faster than they say.
+_FASTER, _FASTER_DEVIATION, _STRAYS = math.log(1.3), 0.2, 0.08
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,12 @@ class EngineSpeed:
     Attributes:
         mean: Most likely logarithm.
         deviation: Its standard deviation.
+        probes: Runs of the engine behind it; 0 for an assumption.
     """
 
     mean: float = _FASTER
     deviation: float = _FASTER_DEVIATION
+    probes: int = 0
 
     @classmethod
     def fit(cls, seen: Sequence[tuple[float, float]]) -> EngineSpeed:
@@ -38,7 +41,7 @@ class EngineSpeed:
         for expected_s, measured_s in seen:
             precision += _STRAYS**-2
             weighed += math.log(expected_s / measured_s) * _STRAYS**-2
-        return cls(weighed / precision, precision**-0.5)
+        return cls(weighed / precision, precision**-0.5, len(seen))
 
     def of(self, stand_in: StepTime) -> StepTime:
         """Return the time of the engine's step from that of its stand-in."""

@@ -11,6 +11,10 @@ import pytest
 # Before anything imports transformers; probes and other children inherit both.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Where Unsloth really is, for the tests that run it; all others are as if there were none.
+_folder = os.environ.pop("LORA_ADVISOR_UNSLOTH", None)
+if _folder:
+    os.environ["LORA_ADVISOR_TEST_UNSLOTH"] = _folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
