@@ -115,7 +115,7 @@ class SizeMap:
             if not family.alike(own):
                 return None
             if family.agrees(check, own, within=_ROUNDING):
-                return family
+                return family if all(map(family.determines, sizes)) else None
         return None
 
 

@@ -254,7 +254,7 @@ class RunConfig:
                 f'`loss` "fused" needs kernels "liger" with trainer {self.trainer!r}, which has no '
                 'fused loss of its own; use trainer "trl" or loss "full".'
             )
-        if self.packing and self.trainer not in ("trl", *FOREIGN_TRAINERS):
+        if self.packing and self.trainer != "trl":
             raise UsageError(
                 f'`packing` must be false with trainer {self.trainer!r}: only "trl" packs rows.'
             )

@@ -48,9 +48,14 @@ class Family:
     def at(self, size: Size) -> Trace | None:
         """Return the trace of another size; None where these do not determine it."""
         shares = self._shares(size)
-        if shares is None or not self.alike():
+        if shares is None or not self.alike() or not _holds(self._traces, shares):
             return None
         return _mixed(self._traces, shares)
+
+    def determines(self, size: Size) -> bool:
+        """Whether there is a trace of another size."""
+        shares = self._shares(size)
+        return shares is not None and _holds(self._traces, shares)
 
     def agrees(self, size: Size, made: Trace, *, within: int) -> bool:
         """Whether what follows for a size is what its trace holds, to `within` bytes a block."""
@@ -107,7 +112,10 @@ def between(low: Trace, high: Trace, *, share: float) -> Trace | None:
         share: Position of the wanted micro-batch; 0 at `low`, 1 at `high`.
     """
     traces = [_in_order(low), _in_order(high)]
-    return _mixed(traces, [1 - share, share]) if _same_kind(*traces) else None
+    shares = [1 - share, share]
+    if not _same_kind(*traces) or not _holds(traces, shares):
+        return None
+    return _mixed(traces, shares)
 
 
 def _same_kind(a: Trace, b: Trace) -> bool:
@@ -122,6 +130,17 @@ def _same_kind(a: Trace, b: Trace) -> bool:
             (a.sizes > 0, b.sizes > 0),
         )
     )
+
+
+def _holds(traces: Sequence[Trace], shares: Sequence[float] | NDArray[Any]) -> bool:
+    """Whether every block of a mixture is larger than nothing.
+
+    One that would not be is there at some sizes only, or is what is left over by full tiles.
+    """
+    import numpy
+
+    sizes = numpy.rint(sum(t.sizes * share for t, share in zip(traces, shares, strict=True)))
+    return numpy.array_equal(numpy.sign(sizes), numpy.sign(traces[0].sizes))
 
 
 def _mixed(traces: Sequence[Trace], shares: Sequence[float] | NDArray[Any]) -> Trace:

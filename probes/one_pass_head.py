@@ -105,6 +105,10 @@ class OnePassLogProb(torch.autograd.Function):
         rows = max(1, min(len(hidden), theirs.TOKEN_CHUNK_SIZE))
         tiles = hidden.new_empty((rows, chunk_size), dtype=dtype)
         gathered = hidden.new_empty((rows, hidden.shape[1]), dtype=torch.float32)
+        # Nothing is allocated for each part of the rows: what a step holds does not depend on how
+        # many there are, and nor do the events of its trace.
+        picked = weight.new_empty((rows, hidden.shape[1]))
+        spare = hidden.new_empty((2, rows), dtype=torch.float32)
         for first in range(0, len(hidden), rows):
             part = slice(first, first + rows)
             now, wanted = seen.of(part), targets[part]
@@ -118,7 +122,8 @@ class OnePassLogProb(torch.autograd.Function):
                     tile.add_(bias[start : start + chunk_size].to(dtype))
                 fold_tile(tile, wanted, now, sums, start, how)
                 theirs._addmm_fp32(sums, tile, columns)
-            gradient[part] = _gradient(weight, wanted, now, sums, how)
+            targeted = torch.index_select(weight, 0, wanted, out=picked[: len(states)])
+            gradient[part] = _gradient(targeted, now, sums, how, *spare[:, : len(states)])
         log_z = seen.top + seen.total.log()
         ctx.save_for_backward(gradient)
         hits = (seen.target >= seen.top) & (seen.target > seen.before)
@@ -198,13 +203,26 @@ class _Seen(NamedTuple):
 
 
 def _gradient(
-    weight: torch.Tensor, targets: torch.Tensor, seen: _Seen, sums: torch.Tensor, how: _How
-) -> torch.Tensor:
-    """Return the gradient of each row's log-probability, (n, H) in fp32, over `sums`."""
-    sums.div_(-how.boost * seen.total.unsqueeze(-1))
-    slopes = how.slopes(seen.target)
-    of_target = seen.others / seen.total * slopes
-    sums.addcmul_(weight[targets].float(), of_target.unsqueeze(-1))
+    targeted: torch.Tensor, seen: _Seen, sums: torch.Tensor, how: _How,
+    share: torch.Tensor, bent: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """Return the gradient of each row's log-probability, (n, H) in fp32, over `sums`.
+
+    Args:
+        targeted: (n, H); the head's weights of each row's target.
+        seen: Of these rows.
+        sums: (n, H) in fp32; what was gathered.
+        how: What makes logits of products.
+        share: (n,) in fp32, to be written over.
+        bent: Likewise.
+    """
+    torch.mul(seen.total, -how.boost, out=share)
+    sums.div_(share.unsqueeze(-1))
+    torch.div(seen.others, seen.total, out=share)
+    if how.softcap is not None:  # times 1 - bent^2, as `slopes`
+        torch.div(seen.target, how.softcap * how.inverse_temperature, out=bent)
+        share.addcmul_(share, bent.square_(), value=-1)
+    sums.addcmul_(targeted, share.unsqueeze(-1))
     return sums if how.factor == 1 else sums.mul_(how.factor)
 
 

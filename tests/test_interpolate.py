@@ -108,6 +108,18 @@ def test_steps_that_do_different_things_determine_nothing(kind: str) -> None:
     assert between(known[1, 128], other, share=0.5) is None
 
 
+def test_what_full_tiles_leave_over_is_not_taken_below_nothing() -> None:
+    tile = 4096
+    left_over: tuple[Rule, ...] = (*WITHOUT_SCORES, lambda b, s: 4 * ((b * (s - 1)) % tile))
+    low, high = step(left_over, (40, 256)), step(left_over, (48, 256))  # 2008 and 4048 rows
+
+    assert between(low, high, share=0.5) is not None
+    assert between(low, high, share=-2.0) is None
+    known = Family({(40, 256): low, (48, 256): high})
+    assert known.determines((44, 256)) and known.at((44, 256)) is not None
+    assert not known.determines((24, 256)) and known.at((24, 256)) is None
+
+
 def test_the_order_within_a_run_of_releases_does_not_matter() -> None:
     events = step(WITHOUT_SCORES, (4, 512)).events
     half = len(events) // 2

@@ -23,11 +23,12 @@ from lora_advisor.advisor.export_words import settle
 from lora_advisor.advisor.space import build_space
 from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes import one_pass_head
-from lora_advisor.probes.architectures import resolve_architecture
+from lora_advisor.probes.architectures import attention_of, resolve_architecture
 from lora_advisor.probes.cards import find_card
 from lora_advisor.probes.config import LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
+from lora_advisor.probes.interpolate import Family
 from lora_advisor.probes.machine import GIB, cpu_machine, detect_stack
 from lora_advisor.probes.one_pass_head import OnePassLogProb, take_one_pass
 from lora_advisor.probes.one_pass_trainer import ON_HOST, SCORED, CountingCollator, Later
@@ -288,6 +289,24 @@ def test_a_trace_has_one_product_with_the_head_less_and_no_more_memory() -> None
     assert saved == pytest.approx(product, rel=1e-3)
     peaks = {loss: traced_memory(trace, expandable=True) for loss, trace in traces.items()}
     assert peaks["one_pass"].allocated_bytes <= peaks["fused"].allocated_bytes * 1.01
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-0.5b", "gemma-2-2b"])
+def test_a_trace_of_more_rows_does_the_same_things(model: str) -> None:
+    architecture = resolve_architecture(model)
+    # 4080 rows of a head are one part of at most 4096; 8160 are two, 12,240 three.
+    traces = {}
+    for rows in (16, 32, 40, 48):
+        config = _config(
+            "one_pass", model, precision="bf16", micro_batch=rows, seq_len=256, accumulation=1,
+            attention=attention_of(architecture),
+        )  # fmt: skip
+        traces[rows, 256] = trace_step(config, architecture, layers=2, capability="9.0")
+    own = traces.pop((40, 256))
+
+    known = Family({size: trace for size, trace in traces.items() if size[0] != 16})
+    assert known.alike(own, traces[16, 256])
+    assert known.agrees((40, 256), own, within=1024)
 
 
 def test_a_plan_takes_it_where_it_goes() -> None:
