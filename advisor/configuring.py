@@ -122,8 +122,16 @@ def setup_of(plan: Plan, *, output_dir: str = "outputs") -> Setup:
     """Return the objects of a plan.
 
     Raises:
+        UsageError: The plan is to train with another engine.
         UnavailableError: The libraries refuse the plan's precision or device here.
     """
+    trainer = plan.chosen.config.trainer
+    if not plan.chosen.config.is_buildable:
+        raise UsageError(
+            f"the plan trains with {trainer}, whose objects are its own: `lora-advisor train` runs "
+            f"it, `lora-advisor export --to {trainer}` writes a script; or plan with "
+            'trainer="trl".'
+        )
     from lora_advisor.advisor.export import recipe_of
     from lora_advisor.advisor.user_arguments import training_of
     from lora_advisor.probes.adapters import make_lora_config

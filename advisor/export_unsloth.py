@@ -24,13 +24,12 @@ from lora_advisor.advisor.export_words import (
 )
 from lora_advisor.advisor.foreign_keys import foreign_keys, versions_of
 from lora_advisor.advisor.user_arguments import training_of
+from lora_advisor.probes import unsloth
 from lora_advisor.probes.arguments import dtype_name, trl_arguments
 from lora_advisor.probes.config import RunConfig
 
-#: What "all-linear" means in the models that Unsloth knows; its own default too.
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 #: RunConfig's checkpointing in Unsloth's words.
-CHECKPOINTING: dict[str, Any] = {"off": False, "full": True, "offload": "unsloth"}
+CHECKPOINTING: dict[str, Any] = {**unsloth.CHECKPOINTING, "offload": "unsloth"}
 #: Arguments of transformers 5.23 that the versions Unsloth takes do not have, or that it decides.
 _LEFT_OUT = (
     "activation_checkpointing",
@@ -87,7 +86,7 @@ def _write(config: RunConfig, recipe: Recipe, asked: RunConfig) -> str:
 def _adapted(config: RunConfig) -> str:
     shape = config.lora
     assert shape is not None
-    names = ALL_LINEAR if isinstance(shape.targets, str) else shape.targets
+    names = unsloth.ALL_LINEAR if isinstance(shape.targets, str) else shape.targets
     arguments = {
         "r": shape.r,
         "lora_alpha": whole(shape.alpha),
@@ -107,12 +106,7 @@ def _rules(recipe: Recipe) -> list[Rule]:
     return [
         ONE_PASS,
         Rule(
-            lambda c: c.trainer == "unsloth" and c.checkpointing == "unsloth",
-            lambda c: {"trainer": "trl", "loss": "fused", "checkpointing": "offload"},
-            "Our words for Unsloth's step are TRL's, with checkpoints held in host memory.",
-        ),
-        Rule(
-            lambda c: c.trainer != "trl",
+            lambda c: c.trainer not in ("trl", unsloth.NAME),
             lambda c: {"trainer": "trl", "loss": "fused"},
             "The step is that of TRL's trainer with Unsloth's fused loss.",
         ),
@@ -165,10 +159,12 @@ def _rules(recipe: Recipe) -> list[Rule]:
 
 
 def _notes(config: RunConfig, recipe: Recipe) -> list[str]:
-    notes = [
-        "Unsloth's kernels and loss are its own: the plan's figures are not measured on this "
-        "stack, and its memory is an upper bound at most."
-    ]
+    notes = []
+    if config.trainer != unsloth.NAME:
+        notes.append(
+            "Unsloth's kernels and loss are its own: the plan's figures are not measured on this "
+            "stack, and its memory is an upper bound at most."
+        )
     if recipe.device != "cuda":
         notes.append("Unsloth needs a GPU; the plan is for a CPU.")
     return notes

@@ -10,11 +10,12 @@ import ast
 from collections.abc import Mapping
 from typing import Any
 
-from lora_advisor.advisor.export_unsloth import ALL_LINEAR, CHECKPOINTING
+from lora_advisor.advisor.export_unsloth import CHECKPOINTING
 from lora_advisor.advisor.foreign import Imported, Reading, leftover, model_of
 from lora_advisor.advisor.foreign_irrelevant import is_irrelevant
 from lora_advisor.probes.config import LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.unsloth import ALL_LINEAR
 
 #: Classes and functions whose arguments are read, and those of them that hold the training's.
 _TRAINING = ("SFTConfig", "DPOConfig", "TrainingArguments")

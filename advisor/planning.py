@@ -173,7 +173,8 @@ def _plan(session: Session, data: DataSummary | None, aside: int) -> tuple[Plan,
         free_trials=session.spec.free_trials,
         beside=[beside],
     )
-    found = _with_engines(session, found)
+    if not aside:  # with another engine one card trains
+        found = _with_engines(session, found)
     session.trials = found.trials
     configs = [candidate.config for candidate in found.feasible]
     longer = _longer(session) if session.spec.longer else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,7 +112,7 @@ class Predictor:
         for result in self.results:
             if result.config.is_buildable or not self.is_whole(result) or result.step_s is None:
                 continue
-            expected = self._time_of_stand_in(result.config)
+            expected = self._time_of_stand_in(result.config, self.work)
             if expected is not None:
                 seen.append((expected.value, result.step_s))
         return EngineSpeed.fit(seen)
@@ -209,14 +209,20 @@ class Predictor:
 
         The time that offloaded checkpoints take to go to the host and back is not modelled.
         """
+        return self.time_of(config, self.work)
+
+    def time_of(self, config: RunConfig, work_of: Callable[[RunConfig], Work]) -> StepTime | None:
+        """Return the same where the work of a step is known otherwise than by its trace."""
         if not config.is_buildable:
-            expected = self._time_of_stand_in(config)
+            expected = self._time_of_stand_in(config, work_of)
             return None if expected is None else self.engine.of(expected)
         if self.throughput is None or config.checkpointing == "offload":
             return None
-        return self.throughput.time(config, self.work(config))
+        return self.throughput.time(config, work_of(config))
 
-    def _time_of_stand_in(self, config: RunConfig) -> StepTime | None:
+    def _time_of_stand_in(
+        self, config: RunConfig, work_of: Callable[[RunConfig], Work]
+    ) -> StepTime | None:
         if self.throughput is None:
             return None
         like = stand_in(config)
@@ -224,7 +230,7 @@ class Predictor:
             like = like.replace(
                 checkpointing="full", quant_type=like.quant_type, double_quant=like.double_quant
             )
-        return self.throughput.time(like, self.work(config))
+        return self.throughput.time(like, work_of(config))
 
     def predict(self, config: RunConfig) -> Prediction:
         """Return what one configuration needs and reaches."""

@@ -32,13 +32,11 @@ def prices_of(predictor: Predictor, planned: RunConfig, factor: float = 1.0) -> 
     works = WorkByLength(predictor.work, full)
 
     def micro_seconds(config: RunConfig) -> Interval | None:
-        if predictor.throughput is None or config.checkpointing == "offload":
-            return None
         packed = config.packing and not planned.packing
         if packed and predictor.predict(config.replace(seq_len=full)).verdict == "does not fit":
             return None
-        interval = predictor.throughput.time(config, works(config)).interval
-        return interval.scaled(factor / config.accumulation)
+        time_ = predictor.time_of(config, works)
+        return None if time_ is None else time_.interval.scaled(factor / config.accumulation)
 
     return micro_seconds
 

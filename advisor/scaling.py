@@ -15,9 +15,11 @@ from lora_advisor.advisor.pricing import off_by
 from lora_advisor.advisor.session import Session
 from lora_advisor.advisor.space import baseline_config
 from lora_advisor.models.all_reduce import NCCL_BYTES, all_reduce_s, waiting_s
+from lora_advisor.probes import unsloth
 from lora_advisor.probes.batching import Batching
 from lora_advisor.probes.cards import links
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.plan import Candidate, Plan
 from lora_advisor.probes.prediction import Interval
 from lora_advisor.probes.scaling import Scaling
@@ -25,7 +27,16 @@ from lora_advisor.probes.spec import Spec
 
 
 def one_card(spec: Spec) -> Spec:
-    """Return what one card of a spec is asked for: its share of a step."""
+    """Return what one card of a spec is asked for: its share of a step.
+
+    Raises:
+        UsageError: Another engine is to train, with which one card does.
+    """
+    if spec.fixed.get("trainer") == unsloth.NAME:
+        raise UsageError(
+            f"`--gpus` must be 1 with --trainer {unsloth.NAME}, with which one card trains here, "
+            f"but got {spec.gpus}."
+        )
     return dataclasses.replace(spec, effective_batch=spec.effective_batch // spec.gpus, gpus=1)
 
 

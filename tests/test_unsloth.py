@@ -19,8 +19,11 @@ from made_up_device import Device, plan_with, speed_of
 from traced_once import save_figures, share_traces
 
 from lora_advisor.advisor import planning
+from lora_advisor.advisor.configuring import setup_of
 from lora_advisor.advisor.predictor import Predictor
+from lora_advisor.advisor.pricing import prices_of
 from lora_advisor.advisor.promise import Costs
+from lora_advisor.advisor.scaling import one_card
 from lora_advisor.advisor.space import Space, build_space
 from lora_advisor.cli import main
 from lora_advisor.models.engine import EngineSpeed
@@ -32,6 +35,7 @@ from lora_advisor.probes.errors import UnavailableError, UsageError
 from lora_advisor.probes.exchange import Request
 from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import GIB, Machine, cpu_machine, detect_stack
+from lora_advisor.probes.plan import read_plan
 from lora_advisor.probes.record import ProbeResult
 from lora_advisor.probes.runner import run_probe
 from lora_advisor.probes.spec import Spec
@@ -351,6 +355,41 @@ def test_its_start_is_counted_by_itself(spec: Spec) -> None:
 
     assert costs.expected_s(its, 1.0, 5) == pytest.approx(45.0)
     assert costs.expected_s(ours, 1.0, 5) == Costs().expected_s(ours, 1.0, 5)
+
+
+def test_several_cards_do_not_train_with_it(spec: Spec) -> None:
+    fixed = {"trainer": "unsloth"}
+    with pytest.raises(UsageError, match="`--gpus` must be 1 with --trainer unsloth"):
+        one_card(dataclasses.replace(spec, fixed=fixed, gpus=2))
+
+
+def test_its_passes_are_priced_as_its_steps_are(spec: Spec) -> None:
+    predictor, asked = predictor_of(spec.model), config(spec.model)
+    step = predictor.predict(asked).step_s
+    price = prices_of(predictor, asked)(asked)
+
+    assert step is not None and price is not None
+    assert price.value == pytest.approx(step.value / asked.accumulation, rel=0.01)
+
+
+def test_its_plan_as_a_script_is_what_was_planned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_plan(config(), tmp_path / "plan.json")
+    script = tmp_path / "train.py"
+    words = ["export", tmp_path / "plan.json", "--to", "unsloth", "--out", script]
+
+    assert main([str(word) for word in words]) == 0
+    said = capsys.readouterr()
+    assert "cannot express" not in said.out + said.err
+    assert 'use_gradient_checkpointing="unsloth"' in script.read_text("utf-8")
+
+
+def test_its_plan_gives_no_objects_for_our_trainers(tmp_path: Path) -> None:
+    save_plan(config(), tmp_path / "plan.json")
+
+    with pytest.raises(UsageError, match="trains with unsloth, whose objects are its own"):
+        setup_of(read_plan(tmp_path / "plan.json"))
 
 
 # Its step ----------------------------------------------------------------------------------------
