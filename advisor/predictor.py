@@ -236,7 +236,8 @@ class Predictor:
         """Return what one configuration needs and reaches."""
         memory = self.memory.predict(self._traced(config), config)
         if not config.is_buildable:
-            memory = engine_memory(memory)
+            # Its stand-in was traced; its own probes teach its speed alone.
+            memory = dataclasses.replace(engine_memory(memory), evidence="traced")
         verdict = self.memory.verdict(config, memory, self.limit_bytes)
         step = speed = energy = None
         time = self.time(config)
@@ -251,7 +252,6 @@ class Predictor:
         )
         if not config.is_buildable and not self.engine.probes:
             evidence = "traced"  # its stand-in was, and nothing is known of itself
-            memory = dataclasses.replace(memory, evidence=evidence)
         if self.elsewhere is not None:
             evidence = "probed elsewhere"
             memory = dataclasses.replace(memory, evidence=evidence)

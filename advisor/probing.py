@@ -183,7 +183,7 @@ def _needs_as_much(session: Session, config: RunConfig, result: ProbeResult) -> 
     other = result.config
     if result.outcome != "out_of_memory" or not session.predictor.is_whole(result):
         return False
-    alike = ("method", "compile", "allocator")
+    alike = ("method", "compile", "allocator", "is_buildable")
     if any(getattr(config, knob) != getattr(other, knob) for knob in alike):
         return False
     predict = session.predictor.predict

@@ -132,6 +132,8 @@ def _train(plan_file: Path, options: dict[str, Any], launch: Launch) -> int:
     if made.chosen.config.allocator == "expandable_segments" and device == "cuda":
         os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    elif not config.is_buildable and device == "cuda":  # as its probes: else they would expand
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     if device == "cuda":
         take_own_card(launch)

@@ -271,7 +271,9 @@ class RunConfig:
     def _check_foreign(self) -> None:
         for name, wanted in (
             ("stage", "sft"),
+            ("attention", "sdpa"),
             ("kernels", "none"),
+            ("loss", "fused"),
             ("adapter", "peft"),
             ("compile", "off"),
             ("embedding", "device"),

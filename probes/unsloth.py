@@ -8,7 +8,6 @@ several cards, and models that Unsloth runs as transformers wrote them. Read in 
 
 from __future__ import annotations
 
-import getpass
 import os
 import tempfile
 from collections.abc import Mapping
@@ -109,7 +108,11 @@ def environment() -> dict[str, str]:
     if engine() is None:
         raise UnavailableError(f"`trainer` {NAME!r} needs Unsloth, but {_HOW}.")
     # Its generated code lies beside Inductor's; by default it would be where the user stands.
-    compiled = Path(tempfile.gettempdir()) / f"lora-advisor-unsloth-{getpass.getuser()}"
+    user = os.getuid() if hasattr(os, "getuid") else 0  # Windows has none, and calls all files 0's
+    compiled = Path(tempfile.gettempdir()) / f"lora-advisor-unsloth-{user}"
+    compiled.mkdir(mode=0o700, exist_ok=True)
+    if compiled.stat().st_uid != user:  # code is run from there
+        compiled = Path(tempfile.mkdtemp(prefix="lora-advisor-unsloth-"))
     paths = [os.environ[FOLDER], *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
         **os.environ,
