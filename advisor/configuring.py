@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_advisor.probes import unsloth
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import UnavailableError, UsageError
 
@@ -109,6 +110,8 @@ def autoconfigure(
         AdvisorError: Of the kind that says what the caller must mend.
     """
     if plan is None:
+        if unsloth.engine() is not None:  # whose objects would be its own
+            words.setdefault("trainer", "trl")
         made = _make_plan(dict(words) if model is None else {"model": model, **words}, say)
     else:
         if model is not None or words:

@@ -20,7 +20,13 @@ from lora_advisor.advisor.attention import known_attention, learn_attention
 from lora_advisor.advisor.conclusion import conclude, nothing_fits
 from lora_advisor.advisor.front import front
 from lora_advisor.advisor.predictor import Predictor
-from lora_advisor.advisor.probing import check_budget, probe_loop, prove, with_results
+from lora_advisor.advisor.probing import (
+    check_budget,
+    no_time_for_engine,
+    probe_loop,
+    prove,
+    with_results,
+)
 from lora_advisor.advisor.savings import with_savings
 from lora_advisor.advisor.scaling import for_all_cards, one_card, set_aside
 from lora_advisor.advisor.search import SearchResult, search
@@ -173,8 +179,7 @@ def _plan(session: Session, data: DataSummary | None, aside: int) -> tuple[Plan,
         free_trials=session.spec.free_trials,
         beside=[beside],
     )
-    if not aside:  # with another engine one card trains
-        found = _with_engines(session, found)
+    found = _with_engines(session, found, several=aside > 0)
     session.trials = found.trials
     configs = [candidate.config for candidate in found.feasible]
     longer = _longer(session) if session.spec.longer else ()
@@ -189,19 +194,31 @@ def _plan(session: Session, data: DataSummary | None, aside: int) -> tuple[Plan,
         chosen = safe[0] if safe else None
     if chosen is None:
         left = f" ({aside / GIB:.2f} of it are left to DDP and NCCL)" if aside else ""
+        failed = [r.detail for r in session.predictor.results if r.outcome == "failed"]
+        left += f" A run failed, and not for memory: {failed[-1]}." if failed else ""
         raise NothingFitsError(nothing_fits(session, found.infeasible, configs) + left)
     plan = conclude(session, chosen, baseline, configs, found.infeasible, data)
     plan = dataclasses.replace(plan, front=front([*plan.front, *longer]))
     return with_savings(session, plan), found.study
 
 
-def _with_engines(session: Session, found: SearchResult) -> SearchResult:
-    """Add what another engine could run, where one is installed and may be the plan."""
-    if session.probe is None or session.space.engine is None:
+def _with_engines(session: Session, found: SearchResult, *, several: bool) -> SearchResult:
+    """Add what another engine could run, where one is installed and may be the plan.
+
+    Args:
+        session: The plan's; its space is told why an engine is left out after all.
+        found: What our own steps come to.
+        several: Whether several cards are to train.
+    """
+    engine = session.space.engine
+    if session.probe is None or engine is None:
         return found
-    spec = dataclasses.replace(
-        session.spec, fixed={**session.spec.fixed, "trainer": session.space.engine}
-    )
+    why = "with it one card trains here" if several else no_time_for_engine(session)
+    if why is not None:
+        excluded = (*session.space.excluded, (f"trainer {engine}", why))
+        session.space = dataclasses.replace(session.space, excluded=excluded, engine=None)
+        return found
+    spec = dataclasses.replace(session.spec, fixed={**session.spec.fixed, "trainer": engine})
     space = build_space(spec, session.machine, session.stack, session.card)
     more = search(space, session.predictor, objective=spec.objective, seed=spec.seed, free_trials=0)
     return dataclasses.replace(

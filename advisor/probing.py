@@ -50,6 +50,18 @@ def check_budget(session: Session, config: RunConfig) -> None:
         )
 
 
+def no_time_for_engine(session: Session) -> str | None:
+    """Return why the budget cannot pay for another engine's probe and its proof; None where it can.
+
+    What is known of it from earlier probes has only to be proved.
+    """
+    budget_s = session.spec.probe_budget_s
+    needed = session.costs.engine_start_s * (1 if session.predictor.engine.probes else 2)
+    if needed <= budget_s:
+        return None
+    return f"a probe of it and its proof take {needed:.0f} s, and --budget is {budget_s:g} s"
+
+
 def _expected_s(session: Session, config: RunConfig, steps: int = MEASURED_STEPS) -> float:
     step = session.predictor.predict(config).step_s
     seconds = None if step is None else step.value
@@ -166,6 +178,8 @@ def _as_large(config: RunConfig, result: ProbeResult) -> bool:
 
     Optimizer and allocator are not worth a second try: with an adapter they move little.
     """
+    if result.outcome == "failed" and not result.config.is_buildable:
+        return config.trainer == result.config.trainer  # an installation that does not work
     if arm_of(config) != arm_of(result.config) or config.trainer != result.config.trainer:
         return False
     if result.outcome == "out_of_memory":
@@ -235,7 +249,8 @@ def _ranked(session: Session, configs: Sequence[RunConfig]) -> list[Candidate]:
     candidates = with_results(session, [session.predictor.candidate(c) for c in configs])
     candidates = [c for c in candidates if c.measured is None or c.measured.outcome == "ok"]
     ran = [c for c in candidates if _ran(session, c.config)]
-    return sorted(ran or candidates, key=lambda c: _worth(session, c), reverse=True)
+    open_ = [c for c in candidates if not _is_ruled_out(session, c.config)]
+    return sorted(ran or open_, key=lambda c: _worth(session, c), reverse=True)
 
 
 def _worth(session: Session, candidate: Candidate) -> float:

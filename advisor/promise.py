@@ -109,10 +109,15 @@ class Costs:
         if result.config.compile != "off":
             self.compilations.append(result.start_s)
 
+    @property
+    def engine_start_s(self) -> float:
+        """What a probe of another engine takes beside its steps."""
+        return max(self.engines, default=_ENGINE_S)
+
     def expected_s(self, config: RunConfig, step_s: float | None, steps: int) -> float:
         """Return the seconds that a probe of so many steps is expected to take."""
         if not config.is_buildable:
-            return max(self.engines, default=_ENGINE_S) + steps * (step_s or 1.0)
+            return self.engine_start_s + steps * (step_s or 1.0)
         start = statistics.median(self.starts) if self.starts else _START_S
         compilation = 0.0
         if config.compile != "off":

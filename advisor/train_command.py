@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +124,10 @@ def _train(plan_file: Path, options: dict[str, Any], launch: Launch) -> int:
     gpus = made.spec.gpus
     config = shared_config(made.chosen.config, planned_for=gpus, processes=launch.size)
     device = training_device(made, ignore=options["ignore_stack"])
-    if not config.is_buildable:
+    if not config.is_buildable and not unsloth.is_here():
         _check_alone(config, launch)
-        if not unsloth.is_here():
-            _begin_with_its_packages()
+        _check_engine(made, ignore=options["ignore_stack"])
+        _begin_with_its_packages()
     data = options["data"] or (None if made.spec.data is None else Path(made.spec.data))
     if data is None:
         raise UsageError("`--data` must be given: the plan names no data.")
@@ -138,10 +140,6 @@ def _train(plan_file: Path, options: dict[str, Any], launch: Launch) -> int:
     if device == "cuda":
         take_own_card(launch)
     forget_precision()
-    if not config.is_buildable:
-        from lora_advisor.probes.unsloth_step import begin
-
-        begin()
     if launch.size != gpus and launch.rank == 0:
         _say(
             f"the plan is for {_several(gpus, 'card')}, and {_several(launch.size, 'process')} "
@@ -152,7 +150,7 @@ def _train(plan_file: Path, options: dict[str, Any], launch: Launch) -> int:
     from lora_advisor.advisor.stopping import Interrupted
 
     try:
-        with joined(launch, device):
+        with _at_home(config), joined(launch, device):
             result = _run(made, config, data, device, options)
     except Interrupted as stopped:
         if launch.rank == 0:
@@ -170,6 +168,39 @@ def _check_alone(config: RunConfig, launch: Launch) -> None:
             f"one process must train with trainer {config.trainer!r}, but {launch.size} were "
             "started; start it without a launcher, or plan with --trainer trl."
         )
+
+
+def _check_engine(made: Plan, *, ignore: bool) -> None:
+    from lora_advisor.probes import unsloth
+    from lora_advisor.probes.errors import StackError
+
+    measured, here = made.chosen.measured, unsloth.engine()
+    if here is None or measured is None or ignore or measured.engine in (None, here):
+        return
+    raise StackError(
+        f"the plan was proved with {measured.engine}, and here is {here}: plan again, or give "
+        "--ignore-stack."
+    )
+
+
+@contextlib.contextmanager
+def _at_home(config: RunConfig) -> Iterator[None]:
+    """Import another engine before what it changes, and leave stdout to the result."""
+    if config.is_buildable:
+        yield
+        return
+    from lora_advisor.probes.unsloth_step import begin
+
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        begin()
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _begin_with_its_packages() -> None:

@@ -47,6 +47,7 @@ from lora_advisor.advisor.run_folder import (
 from lora_advisor.advisor.schedule import LEARNING_RATES, Settings
 from lora_advisor.advisor.stopping import Stopper
 from lora_advisor.advisor.time_ahead import with_train_seconds
+from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import AdvisorError, OutputError, UnavailableError
@@ -148,7 +149,11 @@ def train(
         lambda: open_run_folder(
             output,
             identity={**identity(config, architecture, ready, settings), **several},
-            stack={"device": device, **stack.to_json()},
+            stack={
+                "device": device,
+                **stack.to_json(),
+                **({} if config.is_buildable else {"engine": unsloth.engine()}),
+            },
             resume=resume,
         )
     )

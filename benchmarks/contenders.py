@@ -82,25 +82,14 @@ def contenders(plan: Plan, sizes: list[int]) -> list[tuple[str, list[RunConfig]]
 
 def save_random(config: RunConfig, architecture: Architecture, folder: Path) -> None:
     """Save random weights of the architecture in bf16, with a tokenizer, as others read them."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+    from lora_advisor.probes.finetune import numbered_tokenizer
     from lora_advisor.probes.weights import load_model
 
     model: Any = load_model(
         config.replace(method="lora", quant_type=None, double_quant=None), architecture, "cuda"
     )
     model.save_pretrained(folder)
-    words = ["<unk>", "<s>", "</s>", "<pad>"]
-    words += [f"w{n}" for n in range(architecture.hf_config["vocab_size"] - len(words))]
-    core = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    make: Any = PreTrainedTokenizerFast
-    tokenizer = make(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        pad_token="<pad>", padding_side="right",
-    )  # fmt: skip
-    tokenizer.save_pretrained(folder)
+    numbered_tokenizer(architecture.hf_config["vocab_size"]).save_pretrained(folder)
 
 
 def unsloth(

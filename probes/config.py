@@ -269,7 +269,10 @@ class RunConfig:
             )
 
     def _check_foreign(self) -> None:
+        quantised = self.method == "qlora"
         for name, wanted in (
+            ("quant_type", "nf4" if quantised else None),
+            ("double_quant", True if quantised else None),
             ("stage", "sft"),
             ("attention", "sdpa"),
             ("kernels", "none"),
@@ -284,6 +287,16 @@ class RunConfig:
                     f"`{name}` must be {wanted} with trainer {self.trainer!r}, whose step is its "
                     f"own, but got {getattr(self, name)!r}."
                 )
+        if self.method == "full":
+            raise UsageError(
+                f'`method` must be "lora" or "qlora" with trainer {self.trainer!r}, which trains '
+                "adapters here."
+            )
+        if self.checkpointing not in ("off", "full", self.trainer):
+            raise UsageError(
+                f'`checkpointing` must be "off", "full" or {self.trainer!r} with trainer '
+                f"{self.trainer!r}, but got {self.checkpointing!r}."
+            )
 
     def _check_one_pass(self) -> None:
         foreign = self.trainer != "trl"

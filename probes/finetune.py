@@ -191,8 +191,8 @@ def _trl_trainer(
             # Rows are tokenised, labelled and cut; only packing is left to do.
             dataset_kwargs={"skip_prepare_dataset": not config.packing},
         ),
-        train_dataset=_dataset(rows),
-        eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
+        train_dataset=as_dataset(rows),
+        eval_dataset=None if schedule.eval_rows is None else as_dataset(schedule.eval_rows),
         processing_class=tokenizer,
         peft_config=None if config.method == "full" else lora_config(config, model),
         callbacks=list(callbacks),
@@ -216,8 +216,8 @@ def _dpo_trainer(
     trainer: Trainer = preference_trainer()(
         model=model,
         args=DPOConfig(**arguments, **trl_arguments(config)),
-        train_dataset=_dataset(rows),
-        eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
+        train_dataset=as_dataset(rows),
+        eval_dataset=None if schedule.eval_rows is None else as_dataset(schedule.eval_rows),
         processing_class=tokenizer,
         peft_config=lora_config(config, model),
         callbacks=list(callbacks),
@@ -243,8 +243,8 @@ def _plain_trainer(
     return kind(
         model=trained,
         args=TrainingArguments(**arguments),
-        train_dataset=_dataset(rows),
-        eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
+        train_dataset=as_dataset(rows),
+        eval_dataset=None if schedule.eval_rows is None else as_dataset(schedule.eval_rows),
         data_collator=Collator(
             pad_token_id=int(tokenizer.pad_token_id or 0), multiple=padding_multiple(config) or 1
         ),
@@ -305,7 +305,8 @@ def decoder_layers(model: Any) -> list[Any]:
     return (layers(get_decoder()) if get_decoder is not None else []) or layers(model)
 
 
-def _dataset(rows: Sequence[Row]) -> Any:
+def as_dataset(rows: Sequence[Row]) -> Any:
+    """Return rows as the trainers take them."""
     from datasets import Dataset
 
     return Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})
@@ -323,6 +324,27 @@ def quiet_deprecations() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*use_liger_kernel.*", category=FutureWarning)
         yield
+
+
+def numbered_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
+    """Return a tokenizer with as many words as there are embeddings, each word a number."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<s>", "</s>", "<pad>"]
+    words += [f"w{n}" for n in range(vocab_size - len(words))]
+    core = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    make: Any = PreTrainedTokenizerFast  # transformers leaves it untyped
+    tokenizer: PreTrainedTokenizerBase = make(
+        tokenizer_object=core,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="right",
+    )
+    return tokenizer
 
 
 def padding_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:

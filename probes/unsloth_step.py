@@ -17,6 +17,7 @@ from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import Architecture, build_hf_config
 from lora_advisor.probes.arguments import dtype_name, training_arguments, trl_arguments
 from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.finetune import as_dataset, numbered_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
@@ -73,21 +74,9 @@ def _write_figures(architecture: Architecture, folder: Path) -> None:
 
     Unsloth looks whether there are as many words as embeddings.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     hf_config: Any = build_hf_config(architecture)
     hf_config.save_pretrained(folder)
-    words = ["<unk>", "<s>", "</s>", "<pad>"]
-    words += [f"w{n}" for n in range(hf_config.get_text_config().vocab_size - len(words))]
-    core = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    make: Any = PreTrainedTokenizerFast
-    tokenizer = make(
-        tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        pad_token="<pad>", padding_side="right",
-    )  # fmt: skip
-    tokenizer.save_pretrained(folder)
+    numbered_tokenizer(hf_config.get_text_config().vocab_size).save_pretrained(folder)
 
 
 @contextlib.contextmanager
@@ -157,8 +146,8 @@ def build_trainer(
             **trl_arguments(config),
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
-        train_dataset=_dataset(rows),
-        eval_dataset=None if schedule.eval_rows is None else _dataset(schedule.eval_rows),
+        train_dataset=as_dataset(rows),
+        eval_dataset=None if schedule.eval_rows is None else as_dataset(schedule.eval_rows),
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
@@ -178,9 +167,3 @@ def _tell_logits(trainer: Any) -> None:
             os.environ[_RETURN_LOGITS] = "0"
 
     vars(trainer)["evaluate"] = evaluate
-
-
-def _dataset(rows: Sequence[Any]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict({key: [row[key] for row in rows] for key in rows[0]})

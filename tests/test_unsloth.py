@@ -27,15 +27,15 @@ from lora_advisor.advisor.scaling import one_card
 from lora_advisor.advisor.space import Space, build_space
 from lora_advisor.cli import main
 from lora_advisor.models.engine import EngineSpeed
-from lora_advisor.probes import unsloth
+from lora_advisor.probes import nvml, unsloth
 from lora_advisor.probes.architectures import resolve_architecture
 from lora_advisor.probes.cards import find_card
 from lora_advisor.probes.config import LoraShape, RunConfig
-from lora_advisor.probes.errors import UnavailableError, UsageError
+from lora_advisor.probes.errors import StackError, UnavailableError, UsageError
 from lora_advisor.probes.exchange import Request
 from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import GIB, Machine, cpu_machine, detect_stack
-from lora_advisor.probes.plan import read_plan
+from lora_advisor.probes.plan import read_plan, write_plan
 from lora_advisor.probes.record import ProbeResult
 from lora_advisor.probes.runner import run_probe
 from lora_advisor.probes.spec import Spec
@@ -157,10 +157,15 @@ def test_what_it_is_left_out_for_is_said(
         {"embedding": "host"},
         {"fp32_upcast": True},
         {"loss": "one_pass"},
+        {"attention": "eager"},
+        {"checkpointing": "every_2"},
+        {"method": "qlora", "quant_type": "fp4"},
+        {"method": "full", "lora": None},
     ],
 )
 def test_what_is_not_its_way_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=f"`{next(iter(changes))}`"):
+    named = [knob for knob in changes if knob != "lora"][-1]  # the others go with it
+    with pytest.raises(UsageError, match=f"`{named}`"):
         config(**changes)
 
 
@@ -277,6 +282,7 @@ def device(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Device]
     monkeypatch.setattr(planning, "detect_machine", lambda _: MACHINE)
     monkeypatch.setattr(planning, "context_bytes_of", lambda *_: GIB // 4)
     monkeypatch.setattr(ForkServer, "of", lambda _: None)
+    monkeypatch.setattr(nvml, "device_count", lambda: 1)
 
     def make(*, unsloth_times: float, **options: Any) -> Device:
         def speed(asked: RunConfig) -> float:
@@ -318,6 +324,40 @@ def test_where_it_fails_the_plan_goes_on(
 
     assert plan.chosen.config.trainer == "trl"
     assert any(not probed.is_buildable for probed in made.probed)
+
+
+def test_a_budget_that_cannot_pay_for_it_leaves_it_out_and_says_so(
+    device: Callable[..., Device], installed: Path, tmp_path: Path
+) -> None:
+    made = device(unsloth_times=3.0)
+    plan = plan_with(made, tmp_path, probe_budget_s=120.0)
+
+    assert all(probed.is_buildable for probed in made.probed)
+    assert "its proof take 150 s" in dict(plan.excluded)["trainer unsloth"]
+
+
+def test_an_installation_that_does_not_work_is_tried_once(
+    device: Callable[..., Device], installed: Path, tmp_path: Path
+) -> None:
+    made = device(unsloth_times=3.0)
+    plain = made.answer
+
+    def answer(*asked: Any) -> ProbeResult:
+        result = plain(*asked)
+        if result.config.is_buildable:
+            return result
+        return dataclasses.replace(result, outcome="failed", detail="ImportError: torchao")
+
+    vars(made)["answer"] = answer
+    plan = plan_with(made, tmp_path)
+    assert plan.chosen.config.trainer == "trl"
+    assert len([c for c in made.probed if not c.is_buildable]) == 1
+
+    made.asked.clear()
+    fixed = {**made.spec.fixed, "trainer": "unsloth"}
+    with pytest.raises(planning.NothingFitsError, match="not for memory: ImportError: torchao"):
+        plan_with(made, tmp_path, fixed=fixed)
+    assert len([c for c in made.probed if not c.is_buildable]) == 1
 
 
 def test_runs_of_another_version_are_not_taken_up(
@@ -421,6 +461,31 @@ def test_a_training_without_it_says_what_is_missing(
 
     assert main([str(word) for word in words]) == UnavailableError.exit_code
     assert "`trainer` 'unsloth' needs Unsloth" in capsys.readouterr().err
+
+
+def test_a_plan_proved_with_another_version_is_not_trained(
+    tiny: Path, tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    asked, file = config(str(tiny), precision="fp32", seq_len=96), tmp_path / "plan.json"
+    save_plan(asked, file)
+    plan = read_plan(file)
+    proved = dataclasses.replace(
+        ran(predictor_of(str(tiny)), asked, 1.0), engine="unsloth 2025.1.1"
+    )
+    write_plan(
+        file, dataclasses.replace(plan, chosen=dataclasses.replace(plan.chosen, measured=proved))
+    )
+    words = ["train", str(file), "--data", str(tiny / "rows.jsonl"), "--output", str(tmp_path)]
+    begun: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda _, command, __: begun.append(command))
+
+    assert main(words) == StackError.exit_code
+    assert "proved with unsloth 2025.1.1" in capsys.readouterr().err
+    assert not begun
+    # What begins then is the same command; that it goes on here is for want of a real execve.
+    assert main([*words, "--ignore-stack"]) == UnavailableError.exit_code
+    assert len(begun) == 1
 
 
 @pytest.mark.skipif(
