@@ -15,7 +15,7 @@ from lora_advisor.advisor.knobs import DEFAULT_BATCH, KNOBS
 from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
 from lora_advisor.probes.cards import Card, card_of, find_card
-from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.config import FOREIGN_TRAINERS, LoraShape, RunConfig
 from lora_advisor.probes.cutting import check_long_rows
 from lora_advisor.probes.errors import (
     DataError,
@@ -211,14 +211,19 @@ def config_of(options: dict[str, Any]) -> RunConfig:
     Raises:
         UsageError: It is another engine's.
     """
+    if options["config_file"] is None:
+        _refuse_engine(options["trainer"])  # before its other knobs are found not to go with it
     config = _asked(options)
-    if not config.is_buildable:
+    _refuse_engine(config.trainer)
+    return config
+
+
+def _refuse_engine(trainer: str | None) -> None:
+    if trainer in FOREIGN_TRAINERS:
         raise UsageError(
             "`--trainer` must be trl, transformers or loop here, for another engine's step cannot "
-            f"be traced, but got {config.trainer!r}; `plan` measures it on a GPU, where it is "
-            "installed."
+            f"be traced, but got {trainer!r}; `plan` measures it on a GPU, where it is installed."
         )
-    return config
 
 
 def _asked(options: dict[str, Any]) -> RunConfig:
