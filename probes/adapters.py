@@ -27,7 +27,7 @@ def make_lora_config(config: RunConfig, *, exclude: Sequence[str]) -> Any:
     if config.adapter == "fused":
         from lora_advisor.probes.fused_adapter import fused_layers
 
-        adapters._register_custom_module(fused_layers())
+        adapters._register_custom_module(fused_layers(ends_early=config.recompute == "needed"))
     return adapters
 
 

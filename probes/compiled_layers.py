@@ -14,7 +14,7 @@ from lora_advisor.probes.config import RunConfig
 _PROGRAMS = 64
 
 
-def compile_layers(config: RunConfig, layers: Iterable[Any]) -> None:
+def compile_layers(config: RunConfig, layers: Iterable[Any], *, draws: bool) -> None:
     """Have each decoder layer compiled when it first runs in training mode.
 
     Evaluations run the layers as they are: theirs are batches of other sizes without gradients, and
@@ -23,14 +23,23 @@ def compile_layers(config: RunConfig, layers: Iterable[Any]) -> None:
     Packed micro-batches are of any length, so that dynamo shall give up on them after its usual
     number.
 
-    A generator among a graph's inputs, which checkpointed attention has on CUDA for a dropout of
-    zero too, keeps compiled code out of Inductor's cache (`GraphSafeRunWithRngState` in
-    torch/_prims/rng_prims.py is not cacheable, 2.11 to 2.13); the generator's state does not.
+    Checkpointed attention takes the generator's state along on CUDA, for a dropout of zero too. Where
+    nothing is drawn it need not; where something is, the state stands in the graph and not the
+    generator, which keeps compiled code out of Inductor's cache (`GraphSafeRunWithRngState` in
+    torch/_prims/rng_prims.py is not cacheable, 2.11 to 2.13).
+
+    Args:
+        config: Has the rows of a micro-batch, and whether they are packed.
+        layers: The decoder's.
+        draws: Whether a layer may draw random numbers.
     """
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
+    from torch._functorch import partitioners
 
     functorch.graphsafe_rng_functionalization = False
+    if not draws:
+        vars(partitioners)["has_recomputable_rng_ops"] = _nothing_drawn
     if not config.packing:
         dynamo.recompile_limit = max(dynamo.recompile_limit, _PROGRAMS)
     half = 0 if config.packing else config.sequences // 2
@@ -39,6 +48,11 @@ def compile_layers(config: RunConfig, layers: Iterable[Any]) -> None:
         if layer._compiled_call_impl is not None:  # a trace compiles in its own way, and sets none
             program = layer._compiled_call_impl
             layer._compiled_call_impl = _in_training(layer, program, more_than=half)
+
+
+def _nothing_drawn(_: Any) -> bool:
+    """Stand for the compiler's question whether what is computed again draws numbers."""
+    return False
 
 
 def _in_training(layer: Any, compiled: Any, *, more_than: int) -> Any:

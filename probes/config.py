@@ -34,6 +34,8 @@ ADAPTERS = ("peft", "fused")
 COMPILES = ("off", "layers", "model")
 ALLOCATORS = ("default", "expandable_segments")
 EMBEDDINGS = ("device", "host")
+RECOMPUTES = ("layer", "needed")
+CUDA_GRAPHS = ("off", "micro_batch")
 
 #: transformers.training_args.OptimizerNames (5.23), copied so that reading a configuration needs
 #: no import of transformers; a test compares the two.
@@ -124,6 +126,9 @@ class RunConfig:
         checkpointing: "off", "full" (every layer), "every_N" (every N-th layer), "offload"
             (every layer, what is stored is held in host memory), or "unsloth" (its own form of
             that).
+        recompute: Of an eager checkpointed layer, "layer": all of it, or "needed": what the backward
+            pass needs, which is all but the last product (`probes/fused_adapter.py`). Compiled
+            layers leave that product out by themselves.
         attention: "sdpa", "eager" or "flash_attention_2".
         kernels: "none" or "liger".
         loss: "full" (logits of all tokens at once), "fused" (in tiles, never all at once), or
@@ -132,6 +137,8 @@ class RunConfig:
         lora: The adapter; null for method "full".
         adapter: Whose code multiplies with it: "peft", or "fused" (`probes/fused_adapter.py`).
         compile: "off", "layers" (each decoder layer) or "model".
+        cuda_graph: "off", or "micro_batch": forward and backward of a micro-batch are recorded once
+            and replayed (`probes/graph_trainer.py`).
         allocator: "default" or "expandable_segments".
         embedding: Where the input embeddings are held: "device", or "host"
             (`probes/host_embedding.py`).
@@ -151,6 +158,7 @@ class RunConfig:
     optimizer: str
     precision: str
     checkpointing: str
+    recompute: str = "layer"
     attention: str
     kernels: str
     loss: str
@@ -158,6 +166,7 @@ class RunConfig:
     lora: LoraShape | None = None
     adapter: str = "peft"
     compile: str
+    cuda_graph: str = "off"
     allocator: str
     embedding: str = "device"
     packing: bool = False
@@ -200,6 +209,8 @@ class RunConfig:
         check_word("compile", self.compile, COMPILES)
         check_word("allocator", self.allocator, ALLOCATORS)
         check_word("embedding", self.embedding, EMBEDDINGS)
+        check_word("recompute", self.recompute, RECOMPUTES)
+        check_word("cuda_graph", self.cuda_graph, CUDA_GRAPHS)
         for name in ("fp32_upcast", "packing", "group_by_length"):
             check_flag(name, getattr(self, name))
         self._check_checkpointing()
@@ -245,6 +256,10 @@ class RunConfig:
             )
         if self.loss == "one_pass":
             self._check_one_pass()
+        if self.recompute == "needed":
+            self._check_recompute()
+        if self.cuda_graph != "off":
+            self._check_cuda_graph()
         if (
             self.trainer in ("transformers", "loop")
             and self.loss == "fused"
@@ -280,6 +295,8 @@ class RunConfig:
             ("adapter", "peft"),
             ("compile", "off"),
             ("embedding", "device"),
+            ("recompute", "layer"),
+            ("cuda_graph", "off"),
             ("fp32_upcast", False),
         ):
             if getattr(self, name) != wanted:
@@ -314,6 +331,33 @@ class RunConfig:
                 raise UsageError(
                     f"`loss` must be {instead} with {name} {getattr(self, name)!r}, not "
                     f'"one_pass": {why}.'
+                )
+
+    def _check_recompute(self) -> None:
+        for name, wrong, why in (
+            ("adapter", self.adapter != "fused", "it is the fused adapter that ends early"),
+            ("compile", self.compile != "off", "compiled layers leave the product out themselves"),
+            ("checkpointing", self.checkpointing == "off", "nothing is recomputed"),
+        ):
+            if wrong:
+                raise UsageError(
+                    f'`recompute` must be "layer" with {name} {getattr(self, name)!r}, not '
+                    f'"needed": {why}.'
+                )
+
+    def _check_cuda_graph(self) -> None:
+        dropout = self.lora is not None and self.lora.dropout > 0
+        for name, wrong, why in (
+            ("loss", self.loss != "one_pass", "other losses read values back within a micro-batch"),
+            ("packing", self.packing, "packed rows begin elsewhere in every micro-batch"),
+            ("precision", self.precision == "fp16", "its scaler reads the gradients back"),
+            ("compile", self.compile == "model", "a compiled model has graphs of its own"),
+            ("checkpointing", self.checkpointing == "offload", "what is offloaded moves about"),
+            ("lora", dropout, "every replay would draw the same numbers for its dropout"),
+        ):
+            if wrong:
+                raise UsageError(
+                    f'`cuda_graph` must be "off" with {name} {getattr(self, name)!r}: {why}.'
                 )
 
     def _check_fused_adapter(self) -> None:
@@ -395,6 +439,8 @@ class RunConfig:
             ("adapter", "peft"),
             ("stage", "sft"),
             ("embedding", "device"),
+            ("recompute", "layer"),
+            ("cuda_graph", "off"),
         ):
             if data[name] == usual:
                 del data[name]

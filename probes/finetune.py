@@ -137,7 +137,7 @@ def prepare_model(config: RunConfig, model: PreTrainedModel) -> None:
     if config.embedding == "host":
         keep_on_host(model)
     if config.compile == "layers":
-        compile_layers(config, decoder_layers(model))
+        compile_layers(config, decoder_layers(model), draws=draws_numbers(config, model))
 
 
 def with_adapter(config: RunConfig, model: PreTrainedModel) -> Any:
@@ -179,7 +179,11 @@ def _trl_trainer(
     if hasattr(model, "num_experts") and not hasattr(text, "num_experts"):
         text.num_experts = model.num_experts
     kind = SFTTrainer
-    if config.loss == "one_pass":
+    if config.cuda_graph != "off":
+        from lora_advisor.probes.graph_trainer import GraphTrainer
+
+        kind = GraphTrainer
+    elif config.loss == "one_pass":
         from lora_advisor.probes.one_pass_trainer import OnePassTrainer
 
         kind = OnePassTrainer

@@ -34,6 +34,7 @@ class _AdaptedProduct(torch.autograd.Function):
         factor_b: torch.Tensor,
         scaling: float,
         layer: Any,
+        later: list[tuple[torch.Tensor, ...]] | None,
     ) -> torch.Tensor:
         """Return (..., out) of (..., in).
 
@@ -44,17 +45,22 @@ class _AdaptedProduct(torch.autograd.Function):
             factor_b: (out, rank).
             scaling: alpha / rank.
             layer: The frozen layer, 16 or 32 bits or 4-bit; its weight gets no gradient.
+            later: Takes output, rows and inner product where the output is to be filled later
+                (`_fill`); None to compute it at once.
         """
         dtype = _compute_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        a, b = factor_a.to(dtype), factor_b.to(dtype)
-        bias = None if layer.bias is None else layer.bias.to(dtype)
-        output = _product(rows, layer, bias)
-        inner = rows @ a.t()
-        output.addmm_(inner, b.t(), alpha=scaling)
+        inner = rows @ factor_a.to(dtype).t()
         ctx.save_for_backward(rows, inner, factor_a, factor_b)
         ctx.scaling, ctx.layer, ctx.shape, ctx.dtype = scaling, layer, x.shape, x.dtype
-        return output.view(*x.shape[:-1], output.shape[-1])
+        shape = (*x.shape[:-1], factor_b.shape[0])
+        if later is not None:
+            output = rows.new_empty(shape)
+            later.append((output, rows, inner))
+            return output
+        output = _product(rows, layer, _bias(layer, dtype))
+        output.addmm_(inner, factor_b.to(dtype).t(), alpha=scaling)
+        return output.view(shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> _Gradients:
@@ -72,7 +78,7 @@ class _AdaptedProduct(torch.autograd.Function):
             of_x = outer @ _weight(ctx.layer, dtype)
             of_x.addmm_(into, factor_a.to(dtype))
             of_x = of_x.view(ctx.shape).to(ctx.dtype)
-        return of_x, of_a, of_b, None, None
+        return of_x, of_a, of_b, None, None, None
 
 
 def _traceable_product(
@@ -86,7 +92,7 @@ def _traceable_product(
     """
     dtype = _compute_dtype(x)
     rows = x.to(dtype)
-    bias = None if layer.bias is None else layer.bias.to(dtype)
+    bias = _bias(layer, dtype)
     linear = torch.nn.functional.linear
     if getattr(layer.weight, "quant_state", None) is None:
         weight = _weight(layer, dtype)
@@ -103,6 +109,31 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def _fill(
+    output: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor,
+    factor_b: torch.Tensor, scaling: float, layer: Any,
+) -> None:  # fmt: skip
+    """Compute what `_AdaptedProduct` has only made room for.
+
+    What a function saves is put aside when it has returned, and a recomputation ends with the last
+    tensor that is put aside (torch/utils/checkpoint.py, `_StopRecomputationError`). So the last
+    product of a checkpointed layer, an MLP's way down, is not computed a second time for nothing,
+    if its own output comes after that.
+    """
+    with torch.no_grad():
+        output = output.view(len(rows), -1)
+        bias, weight = _bias(layer, rows.dtype), _weight(layer, rows.dtype).t()
+        if bias is None:
+            torch.mm(rows, weight, out=output)
+        else:
+            torch.addmm(bias, rows, weight, out=output)
+        output.addmm_(inner, factor_b.to(rows.dtype).t(), alpha=scaling)
+
+
+def _bias(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if layer.bias is None else layer.bias.to(dtype)
 
 
 def _product(rows: torch.Tensor, layer: Any, bias: torch.Tensor | None) -> torch.Tensor:
@@ -131,7 +162,13 @@ def _weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Fused:
-    """A LoRA layer of peft whose plain case is one function."""
+    """A LoRA layer of peft whose plain case is one function.
+
+    Attributes:
+        ends_early: Whether a recomputation may end before its product.
+    """
+
+    ends_early = False
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return what peft's forward pass returns."""
@@ -143,8 +180,12 @@ class _Fused:
         factors = (peft.lora_A[name].weight, peft.lora_B[name].weight)
         if torch.compiler.is_compiling():
             return _traceable_product(x, *factors, peft.scaling[name], peft.base_layer)
+        rest = (peft.scaling[name], peft.base_layer)
+        later: list[tuple[torch.Tensor, ...]] | None = [] if self.ends_early else None
         apply: Any = _AdaptedProduct.apply
-        adapted: torch.Tensor = apply(x, *factors, peft.scaling[name], peft.base_layer)
+        adapted: torch.Tensor = apply(x, *factors, *rest, later)
+        for unfilled in later or ():
+            _fill(*unfilled, factors[1], *rest)
         return adapted
 
 
@@ -176,8 +217,12 @@ class FusedLinear(_Fused, peft_layer.Linear):  # type: ignore[misc] # peft leave
     """peft's layer on torch.nn.Linear."""
 
 
-def fused_layers() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
-    """Return the layer of peft for each frozen one, as peft takes them."""
+def fused_layers(*, ends_early: bool) -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+    """Return the layer of peft for each frozen one, as peft takes them.
+
+    Args:
+        ends_early: Whether a recomputation ends before the product of the last layer (`_fill`).
+    """
     layers: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
     try:
         from bitsandbytes.nn import Linear4bit as FrozenLinear4bit
@@ -191,4 +236,8 @@ def fused_layers() -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
 
         layers[FrozenLinear4bit] = FusedLinear4bit  # before torch.nn.Linear, which it is too
     layers[torch.nn.Linear] = FusedLinear
-    return layers
+    if not ends_early:
+        return layers
+    return {
+        frozen: type(kind.__name__, (kind,), {"ends_early": True}) for frozen, kind in layers.items()
+    }

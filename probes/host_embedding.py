@@ -64,18 +64,24 @@ def keep_on_host(model: Any) -> None:
             return embeddings.weight  # type: ignore[no-any-return] # a module's own
 
         def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            known = vars(self).pop("known", None)
-            rows: torch.Tensor = embeddings(ids.to("cpu") if known is None else known)
-            if ids.device.type == "cuda":  # from other memory CUDA copies when all else is done
+            known: torch.Tensor | None = vars(self).pop("known", None)
+            if known is None:
+                known = ids.to("cpu")
+            return known.detach() if known.is_floating_point() else self.look_up(known, ids.device)
+
+        def look_up(self, ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+            """Return the rows of tokens in host memory, sent to a device."""
+            rows: torch.Tensor = embeddings(ids)
+            if device.type == "cuda":  # from other memory CUDA copies when all else is done
                 rows = rows.pin_memory()
-            return rows.to(ids.device, non_blocking=True)
+            return rows.to(device, non_blocking=True)
 
         @contextlib.contextmanager
         def told(self, ids: torch.Tensor) -> Iterator[None]:
             """Know the tokens of the next call meanwhile, and not ask the device for them.
 
             Args:
-                ids: Those tokens, in host memory.
+                ids: Those tokens, in host memory; or their rows, which are on the device already.
             """
             vars(self)["known"] = ids
             try:

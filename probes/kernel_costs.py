@@ -104,6 +104,7 @@ def _attention_temporaries(
 #: Namespaces of questions and notes that a dispatch mode sees beside the operations.
 NO_KERNELS = ("prim", "profiler")
 _VIEWS = (
+    "new_empty",
     "view", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute",
     "detach", "alias", "as_strided", "split", "unbind", "_unsafe_view", "lift", "empty", "size",
 )  # fmt: skip

@@ -39,17 +39,23 @@ class HostTokens:
 
 
 class OnePassTrainer(SFTTrainer):  # type: ignore[misc] # TRL leaves its methods untyped
-    """TRL's trainer, without waits inside a micro-batch, and with the loss of `one_pass_head`."""
+    """TRL's trainer, without waits inside a micro-batch, and with the loss of `one_pass_head`.
+
+    Attributes:
+        sizes: In how many sizes the trained tokens are counted; None to count them exactly.
+    """
+
+    sizes: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Take what SFTTrainer takes."""
         super().__init__(*args, **kwargs)
         collator: Any = vars(self)["data_collator"]
-        self.data_collator = CountingCollator(collator)
+        self.data_collator = CountingCollator(collator, sizes=self.sizes)
         model: Any = self.accelerator.unwrap_model(self.model)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         take_one_pass(base)
-        _find_tokens_by_count(base)
+        _find_tokens_by_count(base, exact=self.sizes is None)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return what TRL's method returns; its metrics stay on the device while it trains."""
@@ -75,9 +81,16 @@ class OnePassTrainer(SFTTrainer):  # type: ignore[misc] # TRL leaves its methods
 class CountingCollator:
     """A collator whose batches say how many of their tokens are trained."""
 
-    def __init__(self, collator: Callable[[Any], dict[str, Any]]) -> None:
-        """Count for a collator whose batches have labels, (rows, length)."""
-        self._collator = collator
+    def __init__(
+        self, collator: Callable[[Any], dict[str, Any]], *, sizes: int | None = None
+    ) -> None:
+        """Count for a collator whose batches have labels, (rows, length).
+
+        Args:
+            collator: The collator.
+            sizes: Round up to so many parts of all tokens, one at least; None to count exactly.
+        """
+        self._collator, self._sizes = collator, sizes
 
     def __getattr__(self, name: str) -> Any:
         """Return what the collator itself has."""
@@ -88,7 +101,12 @@ class CountingCollator:
     def __call__(self, rows: Any) -> dict[str, Any]:
         """Return the batch of some rows."""
         batch = self._collator(rows)
-        batch[SCORED] = int((batch["labels"][:, 1:] != -100).sum())
+        scored = batch["labels"][:, 1:] != -100
+        batch[SCORED] = int(scored.sum())
+        if self._sizes is not None:
+            part = -(-scored.numel() // self._sizes)
+            parts = max(1, -(-batch[SCORED] // part))
+            batch[SCORED] = min(scored.numel(), parts * part)
         batch[ON_HOST] = HostTokens(batch["input_ids"])
         return batch
 
@@ -111,6 +129,10 @@ class Later:
     def item(self) -> Later:
         """Return itself: a number, but later."""
         return self
+
+    def copy(self) -> Later:
+        """Return the number as it is now: what it is read from may be written again."""
+        return Later(self._value.clone())
 
     def __gt__(self, _: float) -> bool:
         """Answer yes, without looking: TRL asks before it divides, and what is over 0 is 0 here."""
@@ -140,11 +162,12 @@ def _raw(value: Any) -> Any:
     return value._value if isinstance(value, Later) else value
 
 
-def _find_tokens_by_count(base: Any) -> None:
+def _find_tokens_by_count(base: Any, *, exact: bool) -> None:
     """Have a model with TRL's fused loss find the trained tokens by their number, in training.
 
     TRL's forward pass is given the trained tokens' states alone, and their targets, and told not to
-    look for any others.
+    look for any others. Where the number may be too large, the first token stands for those that
+    are missing, and has no target.
     """
     theirs = base.forward
 
@@ -154,10 +177,14 @@ def _find_tokens_by_count(base: Any) -> None:
         labels = kwargs.get("labels")
         if count is None or labels is None or not self.training or not kwargs.get("fused_lm_head"):
             return theirs(*args, **kwargs)
-        following = labels[:, 1:]
-        places = torch.nonzero_static((following != -100).reshape(-1), size=count).squeeze(-1)
+        following = labels[:, 1:].reshape(-1)
+        scored = following != -100
+        places = torch.nonzero_static(scored, size=count, fill_value=0).squeeze(-1)
         kwargs["labels"] = None
-        targets = following.reshape(-1).index_select(0, places)[None]
+        targets = following.index_select(0, places)[None]
+        if not exact:
+            missing = torch.arange(count, device=scored.device) >= scored.sum()
+            targets = targets.masked_fill(missing, -100)
         in_host_memory = getattr(self.get_input_embeddings(), "told", None)
         with contextlib.ExitStack() as stack:
             if in_host_memory is not None:

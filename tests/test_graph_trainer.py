@@ -1,0 +1,173 @@
+"""Recorded micro-batches train what micro-batches that run as they are train."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import save_model
+from tiny_training import config_of
+
+from lora_advisor.probes.architectures import resolve_architecture
+from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
+from lora_advisor.probes.one_pass_trainer import SCORED, CountingCollator, Later
+from lora_advisor.probes.weights import load_model
+
+pytestmark = [
+    # peft 0.21 asks transformers 5.23 by names that transformers calls deprecated.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    save_model(path)
+    return path
+
+
+def _config(model: Path | str, **changes: Any) -> RunConfig:
+    values = {
+        "trainer": "trl",
+        "loss": "one_pass",
+        "adapter": "fused",
+        "lora": LoraShape(r=4, alpha=8, dropout=0.0, targets="all-linear"),
+        "checkpointing": "full",
+        "micro_batch": 4,
+        "accumulation": 2,
+        "seq_len": 64,
+        **changes,
+    }
+    return config_of(Path(model), **values)
+
+
+def _rows(count: int) -> list[dict[str, list[int]]]:
+    """Return rows of several lengths, in whose prompt nothing is trained."""
+    draw = random.Random(7)
+    rows = []
+    for _ in range(count):
+        length, prompt = draw.randint(20, 64), draw.randint(1, 40)
+        ids = [draw.randint(3, 258) for _ in range(length)]
+        labels = [-100 if at < prompt else token for at, token in enumerate(ids)]
+        rows.append({"input_ids": ids, "labels": labels})
+    return rows
+
+
+def _trained(config: RunConfig, device: str, *, rows: int, **schedule: Any) -> Any:
+    """Return a trainer that has trained on `rows` rows."""
+    from transformers import PrinterCallback, set_seed
+
+    set_seed(0)
+    model = load_model(config, resolve_architecture(config.model), device)
+    trainer: Any = build_trainer(
+        config,
+        model,
+        rows=_rows(rows),
+        tokenizer=padding_tokenizer(259),
+        schedule=Schedule(
+            learning_rate=5e-3, logging_steps=1, eval_rows=_rows(6), eval_batch=2, **schedule
+        ),
+        device=device,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def _logged(trainer: Any, name: str) -> list[float]:
+    return [line[name] for line in trainer.state.log_history if name in line]
+
+
+def test_counts_are_rounded_up_to_a_few() -> None:
+    class Inner:
+        def __call__(self, scored: int) -> dict[str, Any]:
+            labels = torch.full((2, 33), -100)
+            labels[0, 1 : scored + 1] = 5
+            return {"input_ids": labels.abs(), "labels": labels}
+
+    collator = CountingCollator(Inner(), sizes=16)
+    counts = {n: collator(n)[SCORED] for n in range(33)}
+    assert all(n <= counts[n] < n + 4 for n in range(1, 33))
+    assert set(counts.values()) == {4, 8, 12, 16, 20, 24, 28, 32}
+
+
+def test_on_a_cpu_it_trains_as_the_one_pass_trainer_does(folder: Path) -> None:
+    plain, graph = (
+        _trained(_config(folder, cuda_graph=how), "cpu", rows=24, max_steps=3)
+        for how in ("off", "micro_batch")
+    )
+    assert type(graph).__name__ == "GraphTrainer"
+    assert _logged(graph, "loss") == pytest.approx(_logged(plain, "loss"), rel=1e-5)
+    for name in ("mean_token_accuracy", "num_tokens"):
+        assert _logged(graph, name) == pytest.approx(_logged(plain, name), rel=1e-5)
+    kept = [p.grad for p in graph.model.parameters() if p.requires_grad]
+    assert kept and all(gradient is not None and not gradient.any() for gradient in kept)
+
+
+def test_a_copy_of_a_later_number_stays() -> None:
+    written = torch.tensor(2.0)
+    copied = Later(written).copy()
+    written.fill_(3.0)
+    assert float(copied) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"loss": "fused"}, "loss 'fused': other losses read values back"),
+        ({"packing": True}, "packing True"),
+        ({"precision": "fp16"}, "precision 'fp16'"),
+        ({"compile": "model"}, "compile 'model'"),
+        ({"checkpointing": "offload"}, "checkpointing 'offload'"),
+    ],
+)
+def test_where_it_cannot_be_is_said(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=f'`cuda_graph` must be "off" with {sentence}'):
+        _config("qwen2.5-0.5b", cuda_graph="micro_batch", **changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"recompute": "needed"},
+        {"compile": "layers"},
+        {"compile": "layers", "checkpointing": "every_2"},
+        {"method": "qlora", "recompute": "needed"},
+        {"embedding": "host"},
+    ],
+    ids=str,
+)
+def test_on_a_card_replayed_micro_batches_lose_the_same(
+    changes: dict[str, Any], folder: Path
+) -> None:
+    schedule = {"epochs": 2.0, "max_steps": -1}
+    config = _config(folder, **{"precision": "bf16", **changes})
+    plain = _trained(config.replace(recompute="layer"), "cuda", rows=62, **schedule)
+    graph = _trained(config.replace(cuda_graph="micro_batch"), "cuda", rows=62, **schedule)
+
+    assert len(_logged(plain, "loss")) == 16
+    assert graph.replays > 10  # of 32 micro-batches
+    assert _logged(graph, "loss") == pytest.approx(_logged(plain, "loss"), abs=0.02)
+    assert _logged(graph, "num_tokens") == _logged(plain, "num_tokens")
+    accuracy = [_logged(trainer, "mean_token_accuracy") for trainer in (graph, plain)]
+    assert accuracy[0] == pytest.approx(accuracy[1], abs=0.02)
+    before = graph.evaluate()["eval_loss"]
+    assert before == pytest.approx(plain.evaluate()["eval_loss"], abs=0.02)
+
+
+@pytest.mark.gpu
+def test_on_a_card_memory_comes_back_for_an_evaluation(folder: Path) -> None:
+    config = _config(folder, precision="bf16", cuda_graph="micro_batch", seq_len=256)
+    trainer = _trained(config, "cuda", rows=32, max_steps=4)
+    held = torch.cuda.memory_reserved()
+    trainer.evaluate()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= held
+    assert not trainer._recorded
