@@ -20,7 +20,8 @@ def code_of(config: RunConfig) -> tuple[Any, ...]:
     """Return what decides which code runs, whatever it runs on and with how much."""
     return (
         config.stage, config.trainer, config.method, config.kernels, config.adapter,
-        config.compile, config.checkpointing, config.embedding,
+        config.compile, config.checkpointing, config.embedding, config.cuda_graph,
+        config.recompute,
     )  # fmt: skip
 
 
@@ -28,7 +29,7 @@ def arm_of(config: RunConfig) -> tuple[Any, ...]:
     """Return what decides how fast a configuration is beside its size."""
     return (
         config.method, config.kernels, config.adapter, config.compile, config.checkpointing,
-        config.precision, config.embedding,
+        config.precision, config.embedding, config.cuda_graph, config.recompute,
     )  # fmt: skip
 
 
@@ -49,6 +50,10 @@ def describe(config: RunConfig) -> str:
         parts.append(f"{config.adapter} adapter")
     if config.compile != "off":
         parts.append(f"compiled {config.compile}")
+    if config.cuda_graph != "off":
+        parts.append("CUDA graph")
+    if config.recompute == "needed":
+        parts.append("short recomputation")
     if config.optimizer != "adamw_torch_fused":
         parts.append(config.optimizer)
     if config.allocator != "default":

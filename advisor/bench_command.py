@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 #: with checkpointing, as in the paper.
 _HELD = {"stage": "sft", "trainer": "transformers", "checkpointing": "full", "attention": None,
          "kernels": "none", "adapter": "peft", "compile": "off",
-         "allocator": "default", "embedding": "device"}  # fmt: skip
+         "cuda_graph": "off", "recompute": "layer", "allocator": "default",
+         "embedding": "device"}  # fmt: skip
 
 
 def _held_options(command: Any) -> Any:

@@ -205,7 +205,12 @@ def _notes(config: RunConfig, device: str) -> tuple[str, ...]:
             )
         else:
             os.environ["PYTORCH_ALLOC_CONF"] = setting
-    if config.loss == "one_pass":
+    if config.cuda_graph != "off":
+        notes.append(
+            "micro-batches are recorded by `lora_advisor.probes.graph_trainer.GraphTrainer`, which "
+            "takes the loss in one pass: use it in place of SFTTrainer."
+        )
+    elif config.loss == "one_pass":
         notes.append(
             "the loss in one pass is that of `lora_advisor.probes.one_pass_trainer.OnePassTrainer`:"
             " use it in place of SFTTrainer, whose loss multiplies with the head once more."

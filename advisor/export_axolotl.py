@@ -14,6 +14,7 @@ from typing import Any
 from lora_advisor.advisor.export_data import PAIRS
 from lora_advisor.advisor.export_words import (
     NO_DATA,
+    NO_GRAPH,
     ONE_PASS,
     Recipe,
     Rule,
@@ -150,6 +151,7 @@ def _data(recipe: Recipe, config: RunConfig) -> dict[str, Any]:
 def common_rules(name: str) -> list[Rule]:
     """Return what neither Axolotl nor LLaMA-Factory can express."""
     return [
+        NO_GRAPH,
         ONE_PASS,
         Rule(
             lambda c: c.checkpointing == "unsloth",
@@ -163,7 +165,7 @@ def common_rules(name: str) -> list[Rule]:
         ),
         Rule(
             lambda c: c.adapter == "fused",
-            lambda c: {"adapter": "peft"},
+            lambda c: {"adapter": "peft", "recompute": "layer"},
             "The fused adapter is lora-advisor's own: peft's layers multiply instead.",
         ),
         Rule(

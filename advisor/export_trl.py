@@ -8,6 +8,7 @@ from typing import Any
 from lora_advisor.advisor.export_data import loading, mapping
 from lora_advisor.advisor.export_words import (
     NO_DATA,
+    NO_GRAPH,
     ONE_PASS,
     Recipe,
     Rule,
@@ -44,7 +45,10 @@ def _write_trl(config: RunConfig, recipe: Recipe, asked: RunConfig) -> str:
     pairs = config.stage == "dpo"
     made, trainer = ("DPOConfig", "DPOTrainer") if pairs else ("SFTConfig", "SFTTrainer")
     libraries = [("trl", made)]
-    if config.loss == "one_pass":
+    if config.cuda_graph != "off":
+        trainer = "GraphTrainer"
+        libraries.append(("lora_advisor.probes.graph_trainer", trainer))
+    elif config.loss == "one_pass":
         trainer = "OnePassTrainer"
         libraries.append(("lora_advisor.probes.one_pass_trainer", trainer))
     else:
@@ -114,7 +118,8 @@ def _script(
         adapter = lora_arguments(config, exclude=recipe.excluded)
         lines = call("LoraConfig", _given(adapter))
         if config.adapter == "fused":
-            lines = f"lora = {lines}\n    lora._register_custom_module(fused_layers())"
+            early = f"ends_early={config.recompute == 'needed'}"
+            lines = f"lora = {lines}\n    lora._register_custom_module(fused_layers({early}))"
             parts.append(f"\n\ndef make_lora():\n    {lines}\n    return lora\n")
         else:
             parts.append(_maker("make_lora", lines))
@@ -216,6 +221,7 @@ def _plain_rules(recipe: Recipe) -> list[Rule]:
             lambda c: {"packing": False},
             "Rows are not packed: transformers' Trainer packs none, so short rows are padded.",
         ),
+        NO_GRAPH,
         ONE_PASS,
         *_trl_rules(recipe)[:1],
         *loss_rules(recipe, "transformers' Trainer"),
@@ -257,7 +263,9 @@ def _trl_notes(config: RunConfig, recipe: Recipe) -> list[str]:
         )
     if config.adapter == "fused":
         notes.append("The fused adapter is lora-advisor's own code, so the script needs it.")
-    if config.loss == "one_pass":
+    if config.cuda_graph != "off":
+        notes.append("The trainer of recorded micro-batches is lora-advisor's own code too.")
+    elif config.loss == "one_pass":
         notes.append("The trainer of the one-pass loss is lora-advisor's own code too.")
     if config.embedding == "host":
         notes.append("What holds input embeddings in host memory is lora-advisor's own code too.")

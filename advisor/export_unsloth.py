@@ -14,6 +14,7 @@ from lora_advisor.advisor.export_data import loading, mapping
 from lora_advisor.advisor.export_trl import _given as given
 from lora_advisor.advisor.export_words import (
     NO_DATA,
+    NO_GRAPH,
     ONE_PASS,
     Recipe,
     Rule,
@@ -104,6 +105,7 @@ def _adapted(config: RunConfig) -> str:
 def _rules(recipe: Recipe) -> list[Rule]:
     why = "Unsloth brings its own"
     return [
+        NO_GRAPH,
         ONE_PASS,
         Rule(
             lambda c: c.trainer not in ("trl", unsloth.NAME),
@@ -127,7 +129,7 @@ def _rules(recipe: Recipe) -> list[Rule]:
         ),
         Rule(
             lambda c: c.adapter == "fused",
-            lambda c: {"adapter": "peft"},
+            lambda c: {"adapter": "peft", "recompute": "layer"},
             f"The fused adapter is lora-advisor's own: {why}.",
         ),
         Rule(

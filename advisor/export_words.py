@@ -72,6 +72,13 @@ class Rule(NamedTuple):
     why: str
 
 
+#: Only lora-advisor's own code records micro-batches.
+NO_GRAPH = Rule(
+    lambda c: c.cuda_graph != "off",
+    lambda c: {"cuda_graph": "off"},
+    "Micro-batches are not recorded as CUDA graphs, which is lora-advisor's own: a busy host slows "
+    "them down.",
+)
 #: Only lora-advisor's own code can take the loss in one pass.
 ONE_PASS = Rule(
     lambda c: c.loss == "one_pass",

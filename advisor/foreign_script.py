@@ -89,10 +89,12 @@ def _plain(
         checkpointing=_checkpointing(training),
         attention=loaded.words("attn_implementation", "sdpa"),
         kernels=kernels,
-        loss="fused" if trl or (kernels == "liger" and tiled) else "full",
+        loss=_loss(names, fused=trl or (kernels == "liger" and bool(tiled))),
         fp32_upcast="prepare_model_for_kbit_training" in names,
         lora=None if method == "full" else _lora(calls["LoraConfig"]),
         adapter="fused" if "fused_layers" in names else "peft",
+        recompute="needed" if _ends_early(calls) else "layer",
+        cuda_graph="micro_batch" if "GraphTrainer" in names else "off",
         embedding="host" if "keep_on_host" in names else "device",
         compile=_compile(training, names),
         allocator=_allocator(tree),
@@ -166,6 +168,16 @@ def _checkpointing(training: Reading) -> str:
         return "offload"
     every = how.get("every_n_layers", 1)
     return "full" if every == 1 else f"every_{every}"
+
+
+def _loss(names: set[str], *, fused: bool) -> str:
+    if names & {"OnePassTrainer", "GraphTrainer"}:
+        return "one_pass"
+    return "fused" if fused else "full"
+
+
+def _ends_early(calls: Mapping[str, Reading]) -> bool:
+    return "fused_layers" in calls and calls["fused_layers"].flag("ends_early")
 
 
 def _compile(training: Reading, names: set[str]) -> str:

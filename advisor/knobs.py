@@ -17,6 +17,8 @@ KNOBS = {
     "kernels": "none or liger",
     "adapter": "peft, or fused: one function for a product and its adapter",
     "compile": "off, layers or model",
+    "cuda_graph": "off, or micro_batch: its kernels are recorded once and replayed",
+    "recompute": "layer, or needed: not an eager layer's last product",
     "allocator": "default or expandable_segments",
     "embedding": "device, or host: input embeddings are looked up in host memory",
 }

@@ -117,6 +117,8 @@ def shared_config(config: RunConfig, *, planned_for: int, processes: int) -> Run
     Raises:
         UsageError: They cannot share a step alike; it names how many can.
     """
+    if processes > 1:
+        config = config.replace(cuda_graph="off")  # DDP's hooks are not part of a graph
     micro_batches = config.accumulation * planned_for
     if micro_batches % processes == 0:
         return config.replace(accumulation=micro_batches // processes)

@@ -27,7 +27,7 @@ from lora_advisor.advisor.session import (
     run,
 )
 from lora_advisor.probes.config import RunConfig
-from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.errors import UNRECORDABLE, UsageError
 from lora_advisor.probes.plan import Candidate
 from lora_advisor.probes.record import ProbeResult
 
@@ -100,6 +100,9 @@ def probe_loop(session: Session, configs: list[RunConfig]) -> None:
         if result.outcome == "out_of_memory":
             for config in [chosen, *configs]:
                 configs += _smaller(session, config, configs)
+        if is_unrecordable(result):
+            plain = [config.replace(cuda_graph="off") for config in configs]
+            configs += [config for config in plain if config not in configs]
 
 
 def _next(
@@ -173,6 +176,11 @@ def _open(session: Session, configs: Sequence[RunConfig]) -> list[RunConfig]:
     ]
 
 
+def is_unrecordable(result: ProbeResult) -> bool:
+    """Whether a run failed because its micro-batches cannot be recorded as CUDA graphs."""
+    return result.outcome == "failed" and (result.detail or "").startswith(UNRECORDABLE)
+
+
 def _as_large(config: RunConfig, result: ProbeResult) -> bool:
     """Whether a configuration needs at least what one that did not run needed.
 
@@ -180,6 +188,8 @@ def _as_large(config: RunConfig, result: ProbeResult) -> bool:
     """
     if result.outcome == "failed" and not result.config.is_buildable:
         return config.trainer == result.config.trainer  # an installation that does not work
+    if is_unrecordable(result):
+        return config.cuda_graph == result.config.cuda_graph
     if arm_of(config) != arm_of(result.config) or config.trainer != result.config.trainer:
         return False
     if result.outcome == "out_of_memory":

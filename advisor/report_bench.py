@@ -29,7 +29,13 @@ _TERMS = """\
 A factor: its fastest level against its slowest. Two factors: how far a combination lies at most \
 off the product of its two levels. p: how often chance alone would show as much."""
 #: Others, written only where they are not as is usual.
-_USUAL = {"stage": "sft", "adapter": "peft", "embedding": "device"}
+_USUAL = {
+    "stage": "sft",
+    "adapter": "peft",
+    "embedding": "device",
+    "cuda_graph": "off",
+    "recompute": "layer",
+}
 
 
 def fixed_of(base: RunConfig) -> tuple[str, ...]:

@@ -37,7 +37,10 @@ def one_card(spec: Spec) -> Spec:
             f"`--gpus` must be 1 with --trainer {unsloth.NAME}, with which one card trains here, "
             f"but got {spec.gpus}."
         )
-    return dataclasses.replace(spec, effective_batch=spec.effective_batch // spec.gpus, gpus=1)
+    # What cards say to each other is not part of a CUDA graph.
+    fixed = {"cuda_graph": "off", **spec.fixed}
+    rows = spec.effective_batch // spec.gpus
+    return dataclasses.replace(spec, effective_batch=rows, gpus=1, fixed=fixed)
 
 
 def gradient_bytes(config: RunConfig, trainable: int) -> int:

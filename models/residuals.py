@@ -31,6 +31,8 @@ _ALIKE: dict[str, tuple[tuple[Any, ...], float]] = {
     "optimizer": (words.OPTIMIZERS, 0.97),
     "allocator": (words.ALLOCATORS, 0.98),
     "embedding": (words.EMBEDDINGS, 0.95),
+    "cuda_graph": (words.CUDA_GRAPHS, 0.7),
+    "recompute": (words.RECOMPUTES, 0.9),
 }
 #: The same for every layer checkpointed or none, for twice the tokens in a micro-batch, and for
 #: sequences twice as long.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _LENGTHS = (64, 32)
 #: So many of rows that are grouped by length where layers are compiled.
 _GROUPED_COMPILED_LENGTHS = 4
+#: So many where micro-batches are recorded, each length anew, and layers are not compiled.
+_RECORDED_LENGTHS = 8
 
 
 def training_arguments(config: RunConfig, schedule: Schedule, *, device: str) -> dict[str, Any]:
@@ -104,8 +106,9 @@ def padding_multiple(config: RunConfig) -> int | None:
     has not seen, which takes 0.1 s and more on an H100 (benchmarks/varied_lengths.py), and compiled
     code is for one shape, dynamo giving up on a layer after some of them
     (probes/compiled_layers.py). So batches have few lengths, all parts of `seq_len`: 64, or 32 at
-    least; where layers are compiled the full one, or four of rows that are grouped by length. A
-    length that has no such parts, and packed rows, are left as they are.
+    least; where layers are compiled the full one, or four of rows that are grouped by length; where
+    micro-batches are recorded as CUDA graphs eight. A length that has no such parts, and packed
+    rows, are left as they are.
     """
     if config.packing:
         return None
@@ -113,6 +116,8 @@ def padding_multiple(config: RunConfig) -> int | None:
     if config.compile != "off":
         grouped = config.group_by_length and config.compile == "layers"
         most, least = (_GROUPED_COMPILED_LENGTHS if grouped else 1), 1
+    elif config.cuda_graph != "off":
+        most, least = _RECORDED_LENGTHS, 1
     parts = [config.seq_len // n for n in range(most, least - 1, -1) if config.seq_len % n == 0]
     # Tensor cores take multiples of 8.
     return next((part for part in parts if part % 8 == 0), parts[0] if parts else None)

@@ -66,7 +66,9 @@ def with_batching(config: RunConfig, name: str) -> RunConfig:
     Raises:
         UsageError: Its trainer cannot.
     """
-    return config.replace(packing=name == "packed", group_by_length=name == "grouped")
+    packed = name == "packed"
+    recorded = "off" if packed else config.cuda_graph  # packed rows begin elsewhere every time
+    return config.replace(packing=packed, group_by_length=name == "grouped", cuda_graph=recorded)
 
 
 def random_order(count: int, *, seed: int, epoch: int = 0) -> list[int]:

@@ -23,10 +23,10 @@ def compile_layers(config: RunConfig, layers: Iterable[Any], *, draws: bool) -> 
     Packed micro-batches are of any length, so that dynamo shall give up on them after its usual
     number.
 
-    Checkpointed attention takes the generator's state along on CUDA, for a dropout of zero too. Where
-    nothing is drawn it need not; where something is, the state stands in the graph and not the
-    generator, which keeps compiled code out of Inductor's cache (`GraphSafeRunWithRngState` in
-    torch/_prims/rng_prims.py is not cacheable, 2.11 to 2.13).
+    Checkpointed attention takes the generator's state along on CUDA, for a dropout of zero too.
+    Where nothing is drawn it need not; where something is, the state stands in the graph and not
+    the generator, which keeps compiled code out of Inductor's cache (`GraphSafeRunWithRngState`
+    in torch/_prims/rng_prims.py is not cacheable, 2.11 to 2.13).
 
     Args:
         config: Has the rows of a micro-batch, and whether they are packed.

@@ -126,8 +126,8 @@ class RunConfig:
         checkpointing: "off", "full" (every layer), "every_N" (every N-th layer), "offload"
             (every layer, what is stored is held in host memory), or "unsloth" (its own form of
             that).
-        recompute: Of an eager checkpointed layer, "layer": all of it, or "needed": what the backward
-            pass needs, which is all but the last product (`probes/fused_adapter.py`). Compiled
+        recompute: Of an eager checkpointed layer, "layer": all of it, or "needed": what the
+            backward pass needs, all but the last product (`probes/fused_adapter.py`). Compiled
             layers leave that product out by themselves.
         attention: "sdpa", "eager" or "flash_attention_2".
         kernels: "none" or "liger".
@@ -334,16 +334,13 @@ class RunConfig:
                 )
 
     def _check_recompute(self) -> None:
-        for name, wrong, why in (
-            ("adapter", self.adapter != "fused", "it is the fused adapter that ends early"),
-            ("compile", self.compile != "off", "compiled layers leave the product out themselves"),
-            ("checkpointing", self.checkpointing == "off", "nothing is recomputed"),
-        ):
-            if wrong:
-                raise UsageError(
-                    f'`recompute` must be "layer" with {name} {getattr(self, name)!r}, not '
-                    f'"needed": {why}.'
-                )
+        if self.adapter != "fused":
+            raise UsageError(
+                f'`recompute` must be "layer" with adapter {self.adapter!r}, not "needed": it is '
+                "the fused adapter that ends early."
+            )
+        if self.compile != "off" or self.checkpointing == "off":  # the same under another name
+            object.__setattr__(self, "recompute", "layer")
 
     def _check_cuda_graph(self) -> None:
         dropout = self.lora is not None and self.lora.dropout > 0

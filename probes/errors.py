@@ -42,6 +42,14 @@ class UnavailableError(AdvisorError):
     exit_code = 69
 
 
+class UnrecordableError(UnavailableError):
+    """A micro-batch that cannot be a CUDA graph; its sentence begins with `UNRECORDABLE`."""
+
+
+#: How the sentence begins: a probe's child hands over the sentence alone.
+UNRECORDABLE = "the micro-batch cannot be recorded as a CUDA graph"
+
+
 class OutputError(AdvisorError):
     """A place that cannot be written."""
 

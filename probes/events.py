@@ -44,6 +44,7 @@ class Work:
         custom_launches: Calls of kernels with Python code of their own: Triton's, bitsandbytes'.
         compiled_launches: Those of a compiled program.
         compiled_custom_launches: Those among them that call Python: bitsandbytes' operators.
+        recorded_launches: Those of a CUDA graph, which the host starts as a whole.
         hooks: Tensors that pass a hook of what is saved for the backward pass, as activation
             checkpointing has them: when they are saved, saved anew, and asked for.
         matmul_flops: Floating-point operations of matrix products in 16 bits.
@@ -60,6 +61,7 @@ class Work:
     custom_launches: float = 0.0
     compiled_launches: float = 0.0
     compiled_custom_launches: float = 0.0
+    recorded_launches: float = 0.0
     hooks: float = 0.0
     matmul_flops: float = 0.0
     fp32_matmul_flops: float = 0.0
@@ -86,6 +88,7 @@ class Work:
             + self.custom_launches
             + self.compiled_launches
             + self.compiled_custom_launches
+            + self.recorded_launches
         )
 
     def amounts(self) -> tuple[float, ...]:

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 #: x W' + s x A' B', with W frozen: gradients of the input and of both factors.
 _Gradients = tuple[torch.Tensor | None, ...]
+#: Output, rows and inner product.
+_Unfilled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _AdaptedProduct(torch.autograd.Function):
@@ -34,7 +36,7 @@ class _AdaptedProduct(torch.autograd.Function):
         factor_b: torch.Tensor,
         scaling: float,
         layer: Any,
-        later: list[tuple[torch.Tensor, ...]] | None,
+        later: list[_Unfilled] | None,
     ) -> torch.Tensor:
         """Return (..., out) of (..., in).
 
@@ -181,7 +183,7 @@ class _Fused:
         if torch.compiler.is_compiling():
             return _traceable_product(x, *factors, peft.scaling[name], peft.base_layer)
         rest = (peft.scaling[name], peft.base_layer)
-        later: list[tuple[torch.Tensor, ...]] | None = [] if self.ends_early else None
+        later: list[_Unfilled] | None = [] if self.ends_early else None
         apply: Any = _AdaptedProduct.apply
         adapted: torch.Tensor = apply(x, *factors, *rest, later)
         for unfilled in later or ():
@@ -239,5 +241,6 @@ def fused_layers(*, ends_early: bool) -> dict[type[torch.nn.Module], type[torch.
     if not ends_early:
         return layers
     return {
-        frozen: type(kind.__name__, (kind,), {"ends_early": True}) for frozen, kind in layers.items()
+        frozen: type(kind.__name__, (kind,), {"ends_early": True})
+        for frozen, kind in layers.items()
     }

@@ -1,17 +1,17 @@
 """Micro-batches that are recorded once as a CUDA graph and replayed.
 
-A step of a small model is thousands of kernels, each launched by Python code; a fast card, or a busy
-host, has the card wait for them. A CUDA graph launches all kernels of a micro-batch, forward and
-backward, with one call (docs.pytorch.org, "CUDA Graphs", whole-network capture). A replay repeats
-the same kernels on the same addresses, so
+A step is thousands of kernels, each launched by Python code; a fast card, or one in a busy host,
+waits for them. A CUDA graph launches all kernels of a micro-batch, forward and backward, with one
+call (docs.pytorch.org, "CUDA Graphs", whole-network capture). A replay repeats the same kernels on
+the same addresses, so
 
 * what differs between micro-batches is copied into tensors that stay: tokens, labels, the number of
-  trained tokens in a step, looked-up embeddings of the host;
+  trained tokens in a step, embeddings that the host has looked up;
 * gradients stay where they are and are set to zero instead of being dropped;
 * a shape runs as it is until an optimizer step is made, in which libraries load and choose kernels
   and layers are compiled; then it is recorded, in memory of the graphs' own;
-* trained tokens are counted in a few sizes (`one_pass_trainer.CountingCollator`), each with a graph;
-* graphs go, with their memory, before anything else needs it: a new shape, an evaluation, the end.
+* trained tokens are counted in a few sizes (`one_pass_trainer.CountingCollator`), a graph for each;
+* graphs and their memory go before anything else needs it: a new shape, an evaluation, the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lora_advisor.probes.errors import UnavailableError
+from lora_advisor.probes.errors import UNRECORDABLE, UnrecordableError
 from lora_advisor.probes.one_pass_trainer import (
     ON_HOST,
     SCORED,
@@ -30,9 +30,12 @@ from lora_advisor.probes.one_pass_trainer import (
     Later,
     OnePassTrainer,
 )
+from lora_advisor.probes.worker import is_out_of_memory
 
-#: Sizes in which the trained tokens of a micro-batch are counted.
-_SIZES = 16
+#: In how many sizes the trained tokens of a micro-batch are counted.
+_SIZES = 4
+#: Graphs that are kept at most: each takes memory of the card, beside what all of them share.
+_MOST = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +90,13 @@ class GraphTrainer(OnePassTrainer):
             self.let_go()
             return super().training_step(model, inputs, num_items_in_batch)
         key = (*shape, inputs[SCORED])
-        if key not in self._recorded:
-            self._recorded[key] = self._record(model, inputs, num_items_in_batch)
-        return self._replay(self._recorded[key], inputs, num_items_in_batch)
+        recorded = self._recorded.pop(key, None)
+        if recorded is None:
+            if len(self._recorded) == _MOST:
+                self._recorded.pop(next(iter(self._recorded)))
+            recorded = self._record(model, inputs, num_items_in_batch)
+        self._recorded[key] = recorded  # the last one used comes last
+        return self._replay(recorded, inputs, num_items_in_batch)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, with the memory that the graphs held."""
@@ -115,7 +122,7 @@ class GraphTrainer(OnePassTrainer):
         """Record a micro-batch; nothing of it is computed yet.
 
         Raises:
-            UnavailableError: It does something that cannot be recorded.
+            UnrecordableError: It does something that cannot be recorded.
         """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
@@ -133,13 +140,12 @@ class GraphTrainer(OnePassTrainer):
             # Other threads pin memory meanwhile, and kernels may be loaded.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
                 loss = super().training_step(model, {**inputs, **held, **given}, divisor)
-            found, tokens = self._metrics["train"], self._total_train_tokens
-        except torch.OutOfMemoryError:
-            raise
+            found, tokens = self._metrics["train"], vars(self)["_total_train_tokens"]
         except RuntimeError as error:
-            raise UnavailableError(
-                "the micro-batch must run without asking the device for values to be recorded as a "
-                f"CUDA graph, but: {str(error).splitlines()[0]}; plan with --cuda-graph off."
+            if is_out_of_memory(error):
+                raise
+            raise UnrecordableError(
+                f"{UNRECORDABLE} ({str(error).splitlines()[0]}); plan with --cuda-graph off."
             ) from error
         finally:
             self._metrics["train"], self._total_train_tokens = metrics, total
@@ -151,15 +157,16 @@ class GraphTrainer(OnePassTrainer):
         for name, tensor in recorded.inputs.items():
             tensor.copy_(inputs[name], non_blocking=True)
         recorded.items.copy_(torch.as_tensor(items), non_blocking=True)
-        if recorded.rows is not None:
-            recorded.rows.copy_(self._looked_up(inputs), non_blocking=True)
+        rows = self._looked_up(inputs)
+        if recorded.rows is not None and rows is not None:
+            recorded.rows.copy_(rows, non_blocking=True)
         recorded.graph.replay()
         self.replays += 1
         kept = self._metrics["train"]
         for name, values in recorded.metrics.items():
             kept[name] += [value.copy() for value in values]
-        self._total_train_tokens += recorded.tokens.copy()
-        kept["num_tokens"] = [self._total_train_tokens]
+        total = vars(self)["_total_train_tokens"] + recorded.tokens.copy()
+        self._total_train_tokens, kept["num_tokens"] = total, [total]
         return recorded.loss.clone()
 
     def _looked_up(self, inputs: dict[str, Any]) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from lora_advisor.probes.config import RunConfig
@@ -24,8 +25,12 @@ def draws_numbers(config: RunConfig, model: Any) -> bool:
     if config.lora is not None and config.lora.dropout > 0:
         return True
     modules = (module for module in model.modules() if isinstance(module, _DropoutNd))
-    text = model.config.get_text_config().to_dict()
-    fields = (value for name, value in text.items() if _DRAWING_FIELDS.search(name))
-    return any(module.p > 0 for module in modules) or any(
-        isinstance(value, int | float) and value > 0 for value in fields
+    return any(module.p > 0 for module in modules) or may_draw(
+        model.config.get_text_config().to_dict()
     )
+
+
+def may_draw(figures: Mapping[str, Any]) -> bool:
+    """Whether a model of this configuration, such as its config.json, may draw numbers."""
+    fields = (value for name, value in figures.items() if _DRAWING_FIELDS.search(name))
+    return any(isinstance(value, int | float) and value > 0 for value in fields)

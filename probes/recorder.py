@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -44,10 +45,16 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         """Let dynamo compile under this mode (`compiled_semantics`)."""
         return True
 
-    def __init__(self, capability: str | None) -> None:
-        """Start in the loading phase with nothing recorded."""
+    def __init__(self, capability: str | None, *, as_graph: bool = False) -> None:
+        """Start in the loading phase with nothing recorded.
+
+        Args:
+            capability: Of the card; None for a current one.
+            as_graph: Whether forward and backward are replayed from a CUDA graph.
+        """
         super().__init__()
         self.capability = capability
+        self.as_graph = as_graph
         self.events: list[Event] = []
         self.work: dict[tuple[str, int], Work] = {}
         self.phase = "load"
@@ -101,6 +108,8 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         """
         import torch
 
+        if self._is_replayed:
+            return dataclasses.replace(work, launches=0.0, recorded_launches=work.launches)
         node = torch._C._current_autograd_node()
         written_in_python = isinstance(node, torch.autograd.function.BackwardCFunction)
         by_engine = (
@@ -109,8 +118,14 @@ class Recorder(_dispatch_mode()):  # type: ignore[misc]
         name = func.name() if hasattr(func, "name") else str(func)
         return issued(work, name, by_engine=by_engine)
 
+    @property
+    def _is_replayed(self) -> bool:
+        return self.as_graph and self.phase in ("forward", "backward")
+
     def note_hook(self) -> None:
         """Note that a hook of what is saved for the backward pass runs for a tensor."""
+        if self._is_replayed:
+            return
         done = self.work.setdefault((self.phase, self.layer), Work())
         self.work[self.phase, self.layer] = done + Work(hooks=1)
 

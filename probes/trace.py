@@ -116,7 +116,7 @@ def _trace(
     gradients_stay, asked = config.accumulation > 1, config
     config = traced_config(config).replace(accumulation=1)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    recorder = Recorder(capability)
+    recorder = Recorder(capability, as_graph=config.cuda_graph != "off")
     # What holds fp32 weights for a GradScaler holds them here too.
     wide = weights_dtype(asked) == torch.float32
     dtype = torch.float32 if wide else weights_dtype(config)

@@ -34,6 +34,7 @@ AS_IT_IS: Mapping[str, Any] = {
     "stage": "sft", "trainer": NAME, "checkpointing": "unsloth", "attention": "sdpa",
     "kernels": "none", "loss": "fused", "adapter": "peft", "compile": "off",
     "allocator": "expandable_segments", "embedding": "device", "packing": False,
+    "recompute": "layer", "cuda_graph": "off",
     "fp32_upcast": False,
 }  # fmt: skip
 _HOW = f"`{FOLDER}` must name the folder of its packages, see requirements-unsloth.txt"
