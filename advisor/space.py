@@ -55,8 +55,9 @@ class Space:
         if values["method"] == "full":
             values["lora"] = None
         values.setdefault("recompute", "needed" if values["adapter"] == "fused" else "layer")
-        recorded = self.records and _can_be_recorded(values)
-        values.setdefault("cuda_graph", "micro_batch" if recorded else "off")
+        if "cuda_graph" not in values:
+            recorded = self.records and _can_be_recorded(values)
+            values["cuda_graph"] = "micro_batch" if recorded else "off"
         return RunConfig(**values)
 
     def configs(self) -> Iterator[RunConfig]:
@@ -100,7 +101,7 @@ def _can_be_recorded(values: Mapping[str, Any]) -> bool:
     faster (benchmarks/results/cuda_graphs_h100_2026-11-27.json), and a busy host no longer counts.
     """
     try:
-        RunConfig(**values, cuda_graph="micro_batch")
+        RunConfig(**{**values, "cuda_graph": "micro_batch"})
     except UsageError:
         return False
     return True

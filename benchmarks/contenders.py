@@ -44,7 +44,7 @@ def trl(plan: Plan, method: str, rows: int) -> RunConfig:
         double_quant=True if method == "qlora" else None, micro_batch=rows, accumulation=1,
         optimizer="adamw_torch_fused", checkpointing="full", kernels="none", loss="fused",
         compile="off", adapter="peft", allocator="default", embedding="device", packing=False,
-        fp32_upcast=False,
+        fp32_upcast=False, cuda_graph="off", recompute="layer",
     )  # fmt: skip
 
 
@@ -64,7 +64,8 @@ def contenders(plan: Plan, sizes: list[int]) -> list[tuple[str, list[RunConfig]]
     """Return who runs what, each in the order it is tried until memory runs out."""
     found = []
     if plan.chosen.config.loss == "one_pass":
-        found.append(("the plan with TRL's loss", [plan.chosen.config.replace(loss="fused")]))
+        tiled = plan.chosen.config.replace(loss="fused", cuda_graph="off")
+        found.append(("the plan with TRL's loss", [tiled]))
     found += [
         ("TRL, defaults", [trl(plan, "lora", DEFAULT_ROWS)]),
         ("transformers, defaults", [transformers(plan, "lora", DEFAULT_ROWS)]),
