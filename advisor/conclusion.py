@@ -13,6 +13,7 @@ from lora_advisor.advisor.pricing import off_by, prices_of
 from lora_advisor.advisor.probing import with_results
 from lora_advisor.advisor.search import rank
 from lora_advisor.advisor.session import Session
+from lora_advisor.models.memory import graph_bytes
 from lora_advisor.probes.batching import Batching
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.machine import GIB
@@ -89,7 +90,7 @@ def conclude(
         runners_up=tuple(_one_each(runners)[:_RUNNERS_UP]),
         rejected=tuple((_one_each(lost) + _one_each(near))[:_RUNNERS_UP]),
         excluded=session.space.excluded,
-        cap_bytes=session.cap_bytes,
+        cap_bytes=session.cap_of(chosen.config),
         context_bytes=session.predictor.memory.context.value_bytes,
         probes=session.probes,
         reused=session.reused,
@@ -162,7 +163,8 @@ def _reason(session: Session, candidate: Candidate, chosen: Candidate) -> str:
     if candidate.measured is not None and candidate.measured.outcome != "ok":
         return f"ran: {candidate.measured.outcome.replace('_', ' ')}"
     if candidate.prediction.verdict == "does not fit" and candidate.measured is None:
-        least = (memory.needed_bytes + session.predictor.memory.context.value_bytes) / GIB
+        beside = session.predictor.memory.context.value_bytes + graph_bytes(candidate.config)
+        least = (memory.needed_bytes + beside) / GIB
         return f"needs {least:.2f} GiB of {limit:.2f}"
     if session.probe is None and candidate.prediction.verdict == "uncertain":
         return f"may need up to {memory.process_upper_bytes / GIB:.2f} GiB of {limit:.2f}"

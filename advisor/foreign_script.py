@@ -19,7 +19,10 @@ from lora_advisor.probes.unsloth import ALL_LINEAR
 
 #: Classes and functions whose arguments are read, and those of them that hold the training's.
 _TRAINING = ("SFTConfig", "DPOConfig", "TrainingArguments")
-_READ = (*_TRAINING, "LoraConfig", "BitsAndBytesConfig", "get_peft_model", "from_pretrained")
+_READ = (
+    *_TRAINING, "LoraConfig", "BitsAndBytesConfig", "get_peft_model", "from_pretrained",
+    "fused_layers",
+)  # fmt: skip
 
 
 class _Code:

@@ -11,7 +11,7 @@ from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.advisor.traces import TraceStore
 from lora_advisor.models.energy import EnergyModel
 from lora_advisor.models.engine import EngineSpeed, engine_memory
-from lora_advisor.models.memory import Context, MemoryModel, Observed, context_of
+from lora_advisor.models.memory import Context, MemoryModel, Observed, context_of, graph_bytes
 from lora_advisor.models.throughput import Observation, StepTime, ThroughputModel
 from lora_advisor.models.traced import TracedMemory
 from lora_advisor.probes.architectures import Architecture
@@ -181,7 +181,9 @@ class Predictor:
             and not r.alloc_retries
             and r.config.compile == "off"
         ]
-        measured = [r.context_bytes for r in ran if r.context_bytes is not None]
+        measured = [
+            r.context_bytes - graph_bytes(r.config) for r in ran if r.context_bytes is not None
+        ]
         context = context_of(None, max(measured)) if measured else model.context
         return MemoryModel.fit(model.capability, context, observed)
 

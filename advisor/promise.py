@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lora_advisor.models.memory import graph_bytes
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.exchange import LEAST_WARMUP_STEPS
 from lora_advisor.probes.prediction import Prediction
@@ -77,6 +78,7 @@ def chance_of(config: RunConfig, prediction: Prediction, cap_bytes: int) -> floa
         return _FITS if prediction.verdict == "fits" else 0.0
     memory = prediction.memory
     strays = _STRAYS if config.compile == "off" else _STRAYS_COMPILED
+    cap_bytes -= graph_bytes(config)
     normal = statistics.NormalDist(memory.needed_bytes, strays * memory.needed_bytes)
     flushes = config.allocator == "default" and memory.reserved_bytes > cap_bytes
     return _FITS * normal.cdf(cap_bytes) * (_FLUSHING if flushes else 1.0)

@@ -12,6 +12,7 @@ from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.promise import Costs
 from lora_advisor.advisor.space import Space
 from lora_advisor.advisor.spill import without_spills
+from lora_advisor.models.memory import graph_bytes
 from lora_advisor.probes import nvml, unsloth
 from lora_advisor.probes.architectures import Architecture, with_layers
 from lora_advisor.probes.cards import Card
@@ -62,6 +63,10 @@ class Session:
     #: Runs of others that the models of a card that is not here have learnt from.
     imported: int = 0
 
+    def cap_of(self, config: RunConfig) -> int | None:
+        """Return what the allocator may take with a configuration; None for all there is."""
+        return None if self.cap_bytes is None else self.cap_bytes - graph_bytes(config)
+
 
 def prober(session: Session, record: Path, server: ForkServer | None) -> Probe:
     """Return what runs a configuration in a child process here."""
@@ -73,7 +78,7 @@ def prober(session: Session, record: Path, server: ForkServer | None) -> Probe:
             whole if layers is None else with_layers(whole, layers),
             session.machine,
             session.stack,
-            cap_bytes=session.cap_bytes,
+            cap_bytes=session.cap_of(config),
             record=record,
             device=session.spec.device,
             warmup_steps=WARMUP_STEPS,
@@ -106,7 +111,7 @@ def reuse(session: Session, record: Path, *, strict: bool = False) -> None:
         if result.architecture != session.architecture.fingerprint:
             continue
         result = _as_fit(session, result)
-        if result.outcome == "ok" or _still_too_large(result, session.cap_bytes):
+        if result.outcome == "ok" or _still_too_large(result, session.cap_of(result.config)):
             useful.append(result)
     if useful:
         session.say(f"{len(useful)} earlier probes of this machine and stack taken up")

@@ -61,6 +61,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "one pass, fused adapter, every layer, compiled": {
         **TRL, "loss": "one_pass", "adapter": "fused", "checkpointing": "full", "compile": "layers"
     },
+    "the fused adapter, no last product recomputed": {
+        **TRL, "loss": "one_pass", "adapter": "fused", "checkpointing": "full",
+        "recompute": "needed",
+    },
+    "the same, micro-batches recorded (on a CPU only counted so)": {
+        **TRL, "loss": "one_pass", "adapter": "fused", "checkpointing": "full",
+        "recompute": "needed", "cuda_graph": "micro_batch",
+    },
     "Unsloth": {**unsloth.AS_IT_IS},
 }  # fmt: skip
 BASES: dict[str, dict[str, Any]] = {

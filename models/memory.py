@@ -22,6 +22,10 @@ _CONTEXT = {"9.0": 770 * MIB, "7.5": 141 * MIB}
 _ASSUMED_CONTEXT = 256 * MIB
 _ASSUMED_CONTEXT_UPPER = 512 * MIB
 
+#: What the driver takes for CUDA graphs beside the context and the allocator's memory: 86 MiB for
+#: one graph of 4,000 kernels, 88 for one of 8,000 (tests/recordings/h100-graphs-2026-11-27.jsonl).
+_GRAPHS = 88 * MIB
+
 #: One-sided relative error of the traced reserve: above the 95th percentile of measured over traced
 #: in benchmarks/results/trace_accuracy.json ("reserved_upper"; tested).
 TRACED_RESERVED_UPPER = 0.15
@@ -56,6 +60,11 @@ class Context:
     value_bytes: int
     upper_bytes: int
     measured: bool
+
+
+def graph_bytes(config: RunConfig) -> int:
+    """Return what a configuration's CUDA graphs take beside context and allocator."""
+    return 0 if config.cuda_graph == "off" else _GRAPHS
 
 
 def context_of(capability: str | None, measured_bytes: int | None = None) -> Context:
@@ -145,11 +154,12 @@ class MemoryModel:
         allocated, reserved = (round(size) for size in self._corrected(traced))
         share = (traced.needed_bytes - traced.allocated_bytes) / max(1, _gap(traced))
         bound = self.upper + (_COMPILED_UPPER if config.compile != "off" else 0.0)
+        graphs = graph_bytes(config)
         return MemoryPrediction(
             allocated_bytes=allocated,
             reserved_bytes=reserved,
-            process_bytes=reserved + self.context.value_bytes,
-            process_upper_bytes=round(reserved * (1 + bound)) + self.context.upper_bytes,
+            process_bytes=reserved + self.context.value_bytes + graphs,
+            process_upper_bytes=round(reserved * (1 + bound)) + self.context.upper_bytes + graphs,
             # What probes teach may raise it and never lowers it: it decides what is said to fit.
             needed_bytes=max(
                 traced.needed_bytes, round(allocated + min(1.0, share) * (reserved - allocated))
@@ -166,7 +176,7 @@ class MemoryModel:
         most = memory.needed_bytes * (1 + upper)
         if config.allocator == "default":
             most = max(most, memory.reserved_bytes)
-        return most + self.context.upper_bytes
+        return most + self.context.upper_bytes + graph_bytes(config)
 
     def verdict(self, config: RunConfig, memory: MemoryPrediction, limit_bytes: int) -> str:
         """Say whether a run fits a card's memory less the reserve.
@@ -182,7 +192,8 @@ class MemoryModel:
         bounded = config.compile != "model" and not packed
         if self.most_bytes(config, memory) <= limit_bytes and bounded:
             return "fits"
-        least = memory.needed_bytes * (1 - TRACED_NEEDED_LOWER) + self.context.value_bytes
+        beside = self.context.value_bytes + graph_bytes(config)
+        least = memory.needed_bytes * (1 - TRACED_NEEDED_LOWER) + beside
         return "does not fit" if least > limit_bytes else "uncertain"
 
 

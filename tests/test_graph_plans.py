@@ -1,0 +1,238 @@
+"""CUDA graphs and short recomputation in plans: where they go, what they cost, what gives way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exported import recipe
+from made_up_device import Device, plan_with, speed_of
+from recorded import configure
+from traced_once import save_figures, share_traces
+
+from lora_advisor.advisor import planning
+from lora_advisor.advisor.export_axolotl import AXOLOTL
+from lora_advisor.advisor.export_trl import TRANSFORMERS, TRL
+from lora_advisor.advisor.export_unsloth import UNSLOTH
+from lora_advisor.advisor.export_words import settle
+from lora_advisor.advisor.foreign_script import read_script
+from lora_advisor.advisor.launched import shared_config
+from lora_advisor.advisor.scaling import one_card
+from lora_advisor.advisor.space import Space, build_space
+from lora_advisor.models.memory import context_of, graph_bytes
+from lora_advisor.models.replayed import traced_memory
+from lora_advisor.models.throughput import host_terms
+from lora_advisor.probes import nvml
+from lora_advisor.probes.architectures import from_hf_config, resolve_architecture
+from lora_advisor.probes.arguments import padding_multiple
+from lora_advisor.probes.batching import with_batching
+from lora_advisor.probes.cards import find_card
+from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.errors import UNRECORDABLE, UsageError
+from lora_advisor.probes.extend import trace_all_layers
+from lora_advisor.probes.forkserver import ForkServer
+from lora_advisor.probes.machine import GIB, detect_stack
+from lora_advisor.probes.record import ProbeResult, read_records
+from lora_advisor.probes.spec import Spec
+from lora_advisor.probes.trace import trace_step
+
+CARD = find_card("rtx-4060")
+RECORDS = read_records(Path(__file__).parent / "recordings/h100-graphs-2026-11-27.jsonl")
+
+
+def _config(**changes: Any) -> RunConfig:
+    values = {
+        "trainer": "trl",
+        "loss": "one_pass",
+        "adapter": "fused",
+        "precision": "bf16",
+        "cuda_graph": "micro_batch",
+        **changes,
+    }
+    return configure(**values)
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spec:
+    share_traces(monkeypatch)
+    return Spec(
+        model=save_figures(tmp_path / "tiny"),
+        vram_bytes=GIB,
+        seq_len=2048,
+        effective_batch=4,
+        dropout=0.0,
+        device="cuda",
+        fixed={"method": "qlora", "optimizer": "adamw_torch_fused", "kernels": "none"},
+    )
+
+
+def _space(spec: Spec) -> Space:
+    return build_space(spec, CARD.machine(), detect_stack(), CARD)
+
+
+def test_every_configuration_that_can_be_recorded_is(spec: Spec) -> None:
+    found = list(_space(spec).configs())
+    assert {c.cuda_graph for c in found} == {"micro_batch"}
+    short = {(c.checkpointing != "off" and c.compile == "off"): set[str]() for c in found}
+    for c in found:
+        short[c.checkpointing != "off" and c.compile == "off"].add(c.recompute)
+    assert short == {True: {"needed"}, False: {"layer"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"dropout": 0.1}, "dropout draws"), ({"gpus": 2}, "several cards")],
+)
+def test_where_nothing_is_recorded_is_said(spec: Spec, changes: dict[str, Any], said: str) -> None:
+    space = _space(dataclasses.replace(spec, **changes))
+    assert {c.cuda_graph for c in space.configs()} == {"off"}
+    assert said in dict(space.excluded)["cuda_graph micro_batch"]
+
+
+def test_a_model_that_draws_numbers_is_not_recorded(spec: Spec) -> None:
+    figures = Path(spec.model) / "config.json"
+    drawing = {**json.loads(figures.read_text("utf-8")), "attention_dropout": 0.1}
+    figures.write_text(json.dumps(drawing), "utf-8")
+    space = _space(spec)
+    assert {c.cuda_graph for c in space.configs()} == {"off"}
+    assert "random numbers" in dict(space.excluded)["cuda_graph micro_batch"]
+
+
+def test_a_knob_fixed_by_the_user_stays(spec: Spec) -> None:
+    fixed = {**spec.fixed, "cuda_graph": "off", "recompute": "layer"}
+    found = list(_space(dataclasses.replace(spec, fixed=fixed)).configs())
+    assert {(c.cuda_graph, c.recompute) for c in found} == {("off", "layer")}
+    with pytest.raises(UsageError, match="`cuda_graph` must be \"off\" with precision 'fp16'"):
+        _space(
+            dataclasses.replace(
+                spec, fixed={**spec.fixed, "cuda_graph": "micro_batch", "precision": "fp16"}
+            )
+        )
+
+
+def test_what_has_nothing_to_leave_out_has_no_second_name() -> None:
+    plain = configure(adapter="fused", checkpointing="off")
+    assert plain.replace(recompute="needed") == plain
+    compiled = configure(adapter="fused", checkpointing="full", compile="layers")
+    assert compiled.replace(recompute="needed") == compiled
+    with pytest.raises(UsageError, match="it is the fused adapter that ends early"):
+        configure(adapter="peft", recompute="needed")
+
+
+def test_older_programs_read_what_uses_neither() -> None:
+    assert not {"cuda_graph", "recompute"} & configure().to_json().keys()
+    config = _config(recompute="needed", checkpointing="full")
+    assert RunConfig.from_json(config.to_json()) == config
+
+
+def test_recomputation_ends_before_a_layers_last_product() -> None:
+    architecture = resolve_architecture("qwen2.5-0.5b")
+    products = {}
+    for recompute in ("layer", "needed"):
+        config = _config(
+            model="qwen2.5-0.5b", checkpointing="full", recompute=recompute, cuda_graph="off"
+        )
+        work = trace_step(config, architecture, layers=2, capability="9.0").total_work()
+        products[recompute] = work.matmul_flops
+    figures = architecture.hf_config
+    down = 2.0 * config.tokens * figures["hidden_size"] * figures["intermediate_size"]
+    assert products["layer"] - products["needed"] == pytest.approx(2 * down, rel=1e-6)
+
+
+def test_the_host_starts_a_graph_as_a_whole() -> None:
+    architecture = resolve_architecture("qwen2.5-0.5b")
+    work = {
+        how: trace_step(
+            _config(model="qwen2.5-0.5b", checkpointing="full", cuda_graph=how),
+            architecture,
+            layers=2,
+            capability="9.0",
+        ).total_work()
+        for how in ("off", "micro_batch")
+    }
+    assert work["micro_batch"].kernels == pytest.approx(work["off"].kernels, rel=0.1)
+    assert work["micro_batch"].matmul_flops == work["off"].matmul_flops
+    assert work["micro_batch"].hooks == 0 < work["off"].hooks
+    terms = [sum(host_terms(_config(), amount)[1:]) for amount in work.values()]
+    assert terms[1] < 0.5 * terms[0]
+
+
+@pytest.mark.parametrize("number", range(len(RECORDS)))
+def test_recorded_runs_hold_what_their_traces_say(number: int) -> None:
+    result = RECORDS[number]
+    trace = trace_all_layers(
+        result.config,
+        from_hf_config("recorded", dict(result.hf_config)),
+        capability=result.machine.capability,
+    )
+    expandable = result.config.allocator == "expandable_segments"
+    traced = traced_memory(trace, expandable=expandable, cap_bytes=1 << 60)
+    assert traced.allocated_bytes == pytest.approx(result.allocated_bytes, rel=0.01)
+    assert traced.reserved_bytes == pytest.approx(result.reserved_bytes, rel=0.02)
+    assert result.context_bytes is not None
+    beside = context_of("9.0").value_bytes + graph_bytes(result.config)
+    assert beside == pytest.approx(result.context_bytes, rel=0.005)
+
+
+def test_several_processes_and_packed_rows_record_nothing(spec: Spec) -> None:
+    config = _config(accumulation=4)
+    assert shared_config(config, planned_for=1, processes=1).cuda_graph == "micro_batch"
+    assert shared_config(config, planned_for=1, processes=2).cuda_graph == "off"
+    assert with_batching(config, "packed").cuda_graph == "off"
+    assert with_batching(config, "grouped").cuda_graph == "micro_batch"
+    assert one_card(dataclasses.replace(spec, gpus=2)).fixed["cuda_graph"] == "off"
+
+
+def test_recorded_micro_batches_have_few_lengths() -> None:
+    multiples = [padding_multiple(_config(seq_len=1024, cuda_graph=how)) for how in (
+        "off", "micro_batch")]  # fmt: skip
+    assert multiples == [16, 128]
+
+
+@pytest.mark.parametrize("target", [UNSLOTH, AXOLOTL, TRANSFORMERS], ids=lambda t: t.name)
+def test_others_run_micro_batches_as_they_are(target: Any) -> None:
+    config = _config(recompute="needed", checkpointing="full")
+    settled, lost = settle(config, target.rules(recipe()))
+    assert settled.cuda_graph == "off"
+    assert any("CUDA graphs" in loss.why for loss in lost)
+
+
+def test_a_script_for_trl_is_ours_and_is_read_back() -> None:
+    config = _config(model="Qwen/Qwen2.5-1.5B", recompute="needed", checkpointing="full")
+    settled, lost = settle(config, TRL.rules(recipe()))
+    assert settled == config and not lost
+    text = TRL.write(config, recipe(), config)
+    compile(text, "script.py", "exec")
+    assert "trainer = GraphTrainer(" in text
+    assert any("recorded" in note for note in TRL.notes(config, recipe()))
+    found = read_script(text, "script.py", "trl", {"target": "trl"}).config
+    for knob in ("loss", "cuda_graph", "recompute", "adapter"):
+        assert getattr(found, knob) == getattr(config, knob)
+
+
+def test_a_plan_goes_on_without_graphs_where_they_cannot_be(
+    spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = dataclasses.replace(CARD.machine(), kind="cuda", driver="1.0")
+    monkeypatch.setattr(planning, "detect_machine", lambda _: machine)
+    monkeypatch.setattr(planning, "context_bytes_of", lambda *_: GIB // 4)
+    monkeypatch.setattr(ForkServer, "of", lambda _: None)
+    monkeypatch.setattr(nvml, "device_count", lambda: 1)
+    made = Device(spec, speed=lambda config: 20 * speed_of(config))
+    made.machine = machine
+    plain = made.answer
+
+    def answer(config: RunConfig, *rest: Any) -> ProbeResult:
+        result = plain(config, *rest)
+        if config.cuda_graph == "off":
+            return result
+        return dataclasses.replace(result, outcome="failed", detail=f"{UNRECORDABLE} (why)")
+
+    vars(made)["answer"] = answer
+    plan = plan_with(made, tmp_path)
+    assert plan.chosen.config.cuda_graph == "off"
+    assert plan.chosen.evidence == "proved"
+    assert sum(config.cuda_graph != "off" for config in made.probed) == 1
