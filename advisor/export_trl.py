@@ -54,7 +54,7 @@ def _write_trl(config: RunConfig, recipe: Recipe, asked: RunConfig) -> str:
     else:
         libraries.append(("trl", trainer))
     function, apply = ("", "") if pairs else mapping(recipe)
-    padded = not config.packing
+    padded = not config.packing and config.cuda_graph == "off"  # whose trainer does it itself
     function += WITHOUT_MASK if padded else ""
     arguments = {**training_of(config, recipe), **_given(trl_arguments(config))}
     body = [

@@ -164,7 +164,9 @@ def _mutations(config: RunConfig, predictor: Predictor) -> Iterator[tuple[str, R
     if config.checkpoint_every != 1:
         steps.append(("checkpointing of every layer", {"checkpointing": "full"}))
     if config.checkpointing != "offload":
-        steps.append(("checkpoints held in host memory", {"checkpointing": "offload"}))
+        steps.append(
+            ("checkpoints held in host memory", {"checkpointing": "offload", "cuda_graph": "off"})
+        )
     if config.method == "lora":
         steps.append(("4-bit base weights (QLoRA)", {"method": "qlora"}))
     size = config.micro_batch

@@ -43,7 +43,10 @@ def read_accelerate(
     processes = reading.take("num_processes", 1)
     if kind != "NO" or processes != 1:
         reading.note("distributed_type", f"{kind}: one process on one device is what is answered.")
+    if onto.cuda_graph != "off":
+        reading.note("cuda_graph", "micro-batches are not recorded: that is lora-advisor's own.")
     config = onto.replace(
+        cuda_graph="off",
         precision=_PRECISIONS[precision],
         compile=("layers" if regional else "model") if compiled else "off",
         quant_type=onto.quant_type,

@@ -100,7 +100,7 @@ def probe_loop(session: Session, configs: list[RunConfig]) -> None:
         if result.outcome == "out_of_memory":
             for config in [chosen, *configs]:
                 configs += _smaller(session, config, configs)
-        if is_unrecordable(result):
+        if is_unrecordable(result) and "cuda_graph" not in session.spec.fixed:
             plain = [config.replace(cuda_graph="off") for config in configs]
             configs += [config for config in plain if config not in configs]
 
@@ -189,7 +189,8 @@ def _as_large(config: RunConfig, result: ProbeResult) -> bool:
     if result.outcome == "failed" and not result.config.is_buildable:
         return config.trainer == result.config.trainer  # an installation that does not work
     if is_unrecordable(result):
-        return config.cuda_graph == result.config.cuda_graph
+        alike = ("cuda_graph", "compile", "kernels")
+        return all(getattr(config, knob) == getattr(result.config, knob) for knob in alike)
     if arm_of(config) != arm_of(result.config) or config.trainer != result.config.trainer:
         return False
     if result.outcome == "out_of_memory":

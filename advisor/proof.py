@@ -49,6 +49,7 @@ def card_probe(
     """
 
     def probe(config: RunConfig) -> ProbeResult:
+        from lora_advisor.models.memory import graph_bytes
         from lora_advisor.probes.machine import detect_stack
         from lora_advisor.probes.record import check_writable
         from lora_advisor.probes.runner import capped_bytes, context_bytes_of, run_probe
@@ -59,7 +60,9 @@ def card_probe(
             architecture,
             machine,
             detect_stack(),
-            cap_bytes=capped_bytes(vram_bytes, context_bytes_of(machine) or 0, reserve_bytes),
+            cap_bytes=capped_bytes(
+                vram_bytes, (context_bytes_of(machine) or 0) + graph_bytes(config), reserve_bytes
+            ),
             record=record,
             device="cuda",
             max_seconds=15.0,

@@ -113,6 +113,7 @@ def _fitted(predictor: Predictor, plan: Plan, card: Card, session: Session) -> R
         for size in _sizes(spec, chosen):
             try:
                 config = chosen.replace(
+                    cuda_graph="off",  # which a card of another precision may not have
                     precision=precision,
                     checkpointing=checkpointing,
                     compile="off",

@@ -130,13 +130,18 @@ def config_rows(config: RunConfig) -> list[tuple[str, str]]:
             f"{config.accumulation} accumulation, {config.seq_len} tokens",
         ),
         ("precision", config.precision),
-        ("checkpointing", config.checkpointing),
+        (
+            "checkpointing",
+            config.checkpointing
+            + (", last products not recomputed" if config.recompute == "needed" else ""),
+        ),
         ("optimizer", config.optimizer),
         (
             "kernels",
             config.kernels
             + (f", {config.adapter} adapter" if config.adapter != "peft" else "")
-            + (f", compiled {config.compile}" if config.compile != "off" else ""),
+            + (f", compiled {config.compile}" if config.compile != "off" else "")
+            + (", CUDA graph" if config.cuda_graph != "off" else ""),
         ),
         *([] if batching_of(config) == "random" else [("rows", batching_of(config))]),
         ("trainer", trainer_text(config)),

@@ -25,20 +25,27 @@ from lora_advisor.probes.prediction import Interval
 from lora_advisor.probes.scaling import Scaling
 from lora_advisor.probes.spec import Spec
 
+#: Why several cards have no CUDA graphs.
+NOT_RECORDED = "what the cards say to each other is no part of it"
+
 
 def one_card(spec: Spec) -> Spec:
     """Return what one card of a spec is asked for: its share of a step.
 
     Raises:
-        UsageError: Another engine is to train, with which one card does.
+        UsageError: Another engine is to train, with which one card does; or micro-batches are to
+            be recorded.
     """
     if spec.fixed.get("trainer") == unsloth.NAME:
         raise UsageError(
             f"`--gpus` must be 1 with --trainer {unsloth.NAME}, with which one card trains here, "
             f"but got {spec.gpus}."
         )
-    # What cards say to each other is not part of a CUDA graph.
-    fixed = {"cuda_graph": "off", **spec.fixed}
+    if spec.fixed.get("cuda_graph", "off") != "off":
+        raise UsageError(
+            f"`--cuda-graph` must be off with --gpus {spec.gpus}: {NOT_RECORDED}; leave it out."
+        )
+    fixed = {**spec.fixed, "cuda_graph": "off"}
     rows = spec.effective_batch // spec.gpus
     return dataclasses.replace(spec, effective_batch=rows, gpus=1, fixed=fixed)
 
@@ -95,6 +102,7 @@ def for_all_cards(session: Session, plan: Plan, spec: Spec, aside: int) -> Plan:
         plan,
         spec=spec,
         scaling=scaling,
+        excluded=(*plan.excluded, ("cuda_graph micro_batch", NOT_RECORDED)),
         # The buckets are of PyTorch's allocator.
         cap_bytes=None if cap is None else cap + scaling.gradient_bytes,
         batchings=tuple(_shared(batching, scaling) for batching in plan.batchings),

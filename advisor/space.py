@@ -197,8 +197,6 @@ def _why_not_recorded(spec: Spec, machine: Machine) -> str | None:
     """Return why micro-batches are not recorded as CUDA graphs; None where they are."""
     if machine.kind == "cpu":
         return "it is the GPU that replays it"
-    if spec.gpus > 1:
-        return "what several cards say to each other is not part of it"
     if spec.dropout > 0:
         return "the adapter's dropout draws numbers"
     architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)

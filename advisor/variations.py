@@ -46,7 +46,10 @@ def varied_choices(
         if arm in arms or len(arms) == _ARMS_VARIED:
             continue
         arms.append(arm)
-        known = {knob: getattr(candidate.config, knob) for knob in space.axes}
+        known = {
+            knob: values[0] if len(values) == 1 else getattr(candidate.config, knob)
+            for knob, values in space.axes.items()
+        }
         for knob, everywhere in EVERYWHERE.items():
             for value in space.axes[knob][everywhere:]:
                 changed = {**known, knob: value}

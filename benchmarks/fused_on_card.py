@@ -48,7 +48,8 @@ def compare(file: Path) -> list[dict[str, Any]]:
     """Return the rows of one file."""
     results = {result.config: result for result in read_records(file)}
     rows = []
-    for config in dict.fromkeys(config.replace(adapter="peft") for config in results):
+    plain = {"adapter": "peft", "recompute": "layer"}
+    for config in dict.fromkeys(config.replace(**plain) for config in results):
         peft, fused = results.get(config), results.get(config.replace(adapter="fused"))
         row = {"config": describe(config), "peft": figures(peft), "fused": figures(fused)}
         if peft and fused and peft.tokens_per_s and fused.tokens_per_s:

@@ -142,9 +142,15 @@ def show(file: Path) -> None:
     rows = []
     for run in json.loads(file.read_text("utf-8"))["runs"]:
         changes = {**USUAL, **run["changes"]}
-        what = [changes[key] for key in ("model", "method", "micro_batch", "loss")]
+        what = [changes[key] for key in ("model", "method", "micro_batch", "checkpointing")]
+        what += [
+            changes.get("recompute", "layer"),
+            changes.get("cuda_graph", "off"),
+            changes["loss"],
+        ]
         rows.append([*what, *(run.get(k) for k in ("tokens_per_s", "device_ms", "idle_ms"))])
-    heads = ["model", "method", "rows", "loss", "tokens/s", "device, ms", "idle, ms"]
+    heads = ["model", "method", "rows", "checkpointing", "recompute", "CUDA graph", "loss"]
+    heads += ["tokens/s", "device, ms", "idle, ms"]
     print(tabulate(rows, heads, tablefmt="pipe", intfmt=","))
 
 

@@ -22,8 +22,9 @@ _CONTEXT = {"9.0": 770 * MIB, "7.5": 141 * MIB}
 _ASSUMED_CONTEXT = 256 * MIB
 _ASSUMED_CONTEXT_UPPER = 512 * MIB
 
-#: What the driver takes for CUDA graphs beside the context and the allocator's memory: 86 MiB for
-#: one graph of 4,000 kernels, 88 for one of 8,000 (tests/recordings/h100-graphs-2026-11-27.jsonl).
+#: What the driver holds for CUDA graphs beside the context and the allocator's memory: 86 MiB after
+#: a graph of 4,000 kernels, 88 after one of 8,000 (tests/recordings/h100-graphs-2026-11-27.jsonl;
+#: read when the graph was gone, so it may have been more while it was there).
 _GRAPHS = 88 * MIB
 
 #: One-sided relative error of the traced reserve: above the 95th percentile of measured over traced

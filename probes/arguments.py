@@ -78,6 +78,8 @@ def checkpointing_arguments(config: RunConfig) -> dict[str, Any] | None:
         arguments["every_n_layers"] = config.checkpoint_every
     if config.checkpointing == "offload":
         arguments["offload"] = True
+    if config.cuda_graph != "off":  # no state of a generator is read where kernels are recorded
+        arguments["preserve_rng_state"] = False
     return arguments
 
 

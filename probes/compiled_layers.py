@@ -38,8 +38,9 @@ def compile_layers(config: RunConfig, layers: Iterable[Any], *, draws: bool) -> 
     from torch._functorch import partitioners
 
     functorch.graphsafe_rng_functionalization = False
-    if not draws:
-        vars(partitioners)["has_recomputable_rng_ops"] = _nothing_drawn
+    question = partitioners.has_recomputable_rng_ops
+    theirs = getattr(question, "theirs", question)
+    vars(partitioners)["has_recomputable_rng_ops"] = theirs if draws else _nothing_drawn(theirs)
     if not config.packing:
         dynamo.recompile_limit = max(dynamo.recompile_limit, _PROGRAMS)
     half = 0 if config.packing else config.sequences // 2
@@ -50,9 +51,14 @@ def compile_layers(config: RunConfig, layers: Iterable[Any], *, draws: bool) -> 
             layer._compiled_call_impl = _in_training(layer, program, more_than=half)
 
 
-def _nothing_drawn(_: Any) -> bool:
-    """Stand for the compiler's question whether what is computed again draws numbers."""
-    return False
+def _nothing_drawn(theirs: Any) -> Any:
+    """Return what answers no to the compiler's question whether what is recomputed draws."""
+
+    def answer(_: Any) -> bool:
+        return False
+
+    vars(answer)["theirs"] = theirs
+    return answer
 
 
 def _in_training(layer: Any, compiled: Any, *, more_than: int) -> Any:

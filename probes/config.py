@@ -343,14 +343,19 @@ class RunConfig:
             object.__setattr__(self, "recompute", "layer")
 
     def _check_cuda_graph(self) -> None:
-        dropout = self.lora is not None and self.lora.dropout > 0
+        if self.lora is not None and self.lora.dropout > 0:
+            raise UsageError(
+                f'`cuda_graph` must be "off" with `lora.dropout` {self.lora.dropout:g}: a '
+                "checkpointed layer reads the generator's state, which cannot be recorded."
+            )
+        inside = self.optimizer in ("lomo", "adalomo") or self.optimizer.endswith("_layerwise")
         for name, wrong, why in (
             ("loss", self.loss != "one_pass", "other losses read values back within a micro-batch"),
             ("packing", self.packing, "packed rows begin elsewhere in every micro-batch"),
             ("precision", self.precision == "fp16", "its scaler reads the gradients back"),
             ("compile", self.compile == "model", "a compiled model has graphs of its own"),
             ("checkpointing", self.checkpointing == "offload", "what is offloaded moves about"),
-            ("lora", dropout, "every replay would draw the same numbers for its dropout"),
+            ("optimizer", inside, "it steps within the backward pass"),
         ):
             if wrong:
                 raise UsageError(

@@ -125,7 +125,7 @@ def _fill(
     if its own output comes after that.
     """
     with torch.no_grad():
-        output = output.view(len(rows), -1)
+        output = output.view(-1, output.shape[-1])
         bias, weight = _bias(layer, rows.dtype), _weight(layer, rows.dtype).t()
         if bias is None:
             torch.mm(rows, weight, out=output)
@@ -219,7 +219,7 @@ class FusedLinear(_Fused, peft_layer.Linear):  # type: ignore[misc] # peft leave
     """peft's layer on torch.nn.Linear."""
 
 
-def fused_layers(*, ends_early: bool) -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
+def fused_layers(*, ends_early: bool = False) -> dict[type[torch.nn.Module], type[torch.nn.Module]]:
     """Return the layer of peft for each frozen one, as peft takes them.
 
     Args:

@@ -11,6 +11,7 @@ the same addresses, so
 * a shape runs as it is until an optimizer step is made, in which libraries load and choose kernels
   and layers are compiled; then it is recorded, in memory of the graphs' own;
 * trained tokens are counted in a few sizes (`one_pass_trainer.CountingCollator`), a graph for each;
+  what Python decides within a step must be the same for all that share a graph;
 * graphs and their memory go before anything else needs it: a new shape, an evaluation, the end.
 """
 
@@ -30,11 +31,11 @@ from lora_advisor.probes.one_pass_trainer import (
     Later,
     OnePassTrainer,
 )
+from lora_advisor.probes.padding_mask import leave_out_padding_mask
 from lora_advisor.probes.worker import is_out_of_memory
 
-#: In how many sizes the trained tokens of a micro-batch are counted.
-_SIZES = 4
-#: Graphs that are kept at most: each takes memory of the card, beside what all of them share.
+#: Graphs that are kept at most: each takes memory of the card, beside what all of them share. Each
+#: length that rows are padded to has its share of them, one for each size of its trained tokens.
 _MOST = 16
 
 
@@ -68,11 +69,12 @@ class GraphTrainer(OnePassTrainer):
         replays: Micro-batches that were replayed so far.
     """
 
-    sizes = _SIZES
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what SFTTrainer takes."""
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, args: Any, **kwargs: Any) -> None:
+        """Take what SFTTrainer takes, of a model whose rows are padded on the right."""
+        lengths = -(-args.max_length // (args.pad_to_multiple_of or args.max_length))
+        self.sizes = max(1, _MOST // lengths)
+        leave_out_padding_mask(model)  # a recording would take another path through the masks
+        super().__init__(model, args, **kwargs)
         self._recorded: dict[tuple[int, ...], _Recorded] = {}
         self._run_in_step: dict[tuple[int, ...], int] = {}
         self._pool: Any = None
@@ -81,7 +83,8 @@ class GraphTrainer(OnePassTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Any:
         """Return the loss of a micro-batch, its gradients added to those there are."""
-        if self.args.device.type != "cuda":
+        alone = self.args.device.type == "cuda" and self.accelerator.num_processes == 1
+        if not alone or num_items_in_batch is None:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         shape = tuple(inputs["input_ids"].shape)
@@ -89,12 +92,12 @@ class GraphTrainer(OnePassTrainer):
         if self._run_in_step.setdefault(shape, step) == step:
             self.let_go()
             return super().training_step(model, inputs, num_items_in_batch)
-        key = (*shape, inputs[SCORED])
+        # The auxiliary loss of a mixture of experts is divided by the step's micro-batches.
+        parts = self.current_gradient_accumulation_steps if self.aux_loss_enabled else 0
+        key = (*shape, inputs[SCORED], parts)
         recorded = self._recorded.pop(key, None)
         if recorded is None:
-            if len(self._recorded) == _MOST:
-                self._recorded.pop(next(iter(self._recorded)))
-            recorded = self._record(model, inputs, num_items_in_batch)
+            recorded = self._make_room_and_record(model, inputs, num_items_in_batch)
         self._recorded[key] = recorded  # the last one used comes last
         return self._replay(recorded, inputs, num_items_in_batch)
 
@@ -112,11 +115,26 @@ class GraphTrainer(OnePassTrainer):
 
     def let_go(self) -> None:
         """Give back the graphs and their memory."""
-        if self._recorded:
+        if self._pool is not None:
             torch.cuda.synchronize()
             self._recorded.clear()
             self._pool = None
             torch.cuda.empty_cache()
+
+    def _make_room_and_record(self, model: Any, inputs: dict[str, Any], items: Any) -> _Recorded:
+        """Record a micro-batch, without the other graphs where their memory is needed."""
+        if len(self._recorded) == _MOST:
+            self._recorded.pop(next(iter(self._recorded)))
+        model.train()  # an evaluation may be what came last
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        try:
+            return self._record(model, inputs, items)
+        except RuntimeError as error:
+            if not self._recorded or not is_out_of_memory(error):
+                raise
+        self.let_go()
+        return self._record(model, inputs, items)
 
     def _record(self, model: Any, inputs: dict[str, Any], items: Any) -> _Recorded:
         """Record a micro-batch; nothing of it is computed yet.

@@ -27,6 +27,9 @@ def leave_out_padding_mask(model: Any) -> bool:
     decoder = getattr(model, "get_decoder", lambda: None)()
     if decoder is None or getattr(text, "use_bidirectional_attention", False):
         return False
+    if "_leaves_out_padding" in vars(decoder):
+        return True
+    vars(decoder)["_leaves_out_padding"] = True
     decoder.register_forward_pre_hook(_without_mask, with_kwargs=True)
     plain = decoder.forward
 

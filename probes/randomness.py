@@ -32,5 +32,6 @@ def draws_numbers(config: RunConfig, model: Any) -> bool:
 
 def may_draw(figures: Mapping[str, Any]) -> bool:
     """Whether a model of this configuration, such as its config.json, may draw numbers."""
+    figures = figures.get("text_config") or figures
     fields = (value for name, value in figures.items() if _DRAWING_FIELDS.search(name))
     return any(isinstance(value, int | float) and value > 0 for value in fields)

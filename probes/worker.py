@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,12 @@ def _measure(request: Request, meters: list[Meter], output_dir: Path) -> Answer:
         on_first_step=lambda: startup.append(_age_s()),
     )
     model = load_model(config, request.architecture, request.device)
-    trainer = _trainer(request, model, watch, output_dir)
+    held: list[Memory] = []
+    trainer = _trainer(request, model, watch, lambda: held.append(meter.memory()), output_dir)
     model_bytes = meter.live_bytes()
     trainer.train()
     return dataclasses.replace(
-        _timed(_peaks("ok", meter.memory()), watch),
+        _timed(_peaks("ok", held[-1]), watch),
         model_bytes=model_bytes,
         startup_s=startup[0],
         tokens_per_step=config.tokens_per_step,
@@ -171,8 +172,13 @@ def _left_out(watch: Stopwatch) -> str | None:
     return f"{watch.left_out} of {steps} measured steps compiled code and do not count"
 
 
-def _trainer(request: Request, model: Any, watch: Stopwatch, output_dir: Path) -> Any:
-    """Return the trainer of the configuration on full rows, the stopwatch attached."""
+def _trainer(
+    request: Request, model: Any, watch: Stopwatch, ended: Callable[[], None], output_dir: Path
+) -> Any:
+    """Return the trainer of the configuration on full rows, the stopwatch attached.
+
+    `ended` is called after the last step, while all is still there that a training holds.
+    """
     from transformers import TrainerCallback
 
     from lora_advisor.probes.dataset import random_rows
@@ -189,6 +195,7 @@ def _trainer(request: Request, model: Any, watch: Stopwatch, output_dir: Path) -
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             """Stop the clocks, and the run when enough is measured."""
             if watch.step_ends():
+                ended()
                 control.should_training_stop = True
 
     config = request.config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,13 @@ from lora_advisor.advisor.export_axolotl import AXOLOTL
 from lora_advisor.advisor.export_trl import TRANSFORMERS, TRL
 from lora_advisor.advisor.export_unsloth import UNSLOTH
 from lora_advisor.advisor.export_words import settle
+from lora_advisor.advisor.foreign import Reading
+from lora_advisor.advisor.foreign_accelerate import read_accelerate
 from lora_advisor.advisor.foreign_script import read_script
 from lora_advisor.advisor.launched import shared_config
+from lora_advisor.advisor.planning import make_plan
+from lora_advisor.advisor.predictor import Predictor
+from lora_advisor.advisor.renting import _fitted
 from lora_advisor.advisor.scaling import one_card
 from lora_advisor.advisor.space import Space, build_space
 from lora_advisor.models.memory import context_of, graph_bytes
@@ -27,10 +33,11 @@ from lora_advisor.models.replayed import traced_memory
 from lora_advisor.models.throughput import host_terms
 from lora_advisor.probes import nvml
 from lora_advisor.probes.architectures import from_hf_config, resolve_architecture
-from lora_advisor.probes.arguments import padding_multiple
+from lora_advisor.probes.arguments import checkpointing_arguments, padding_multiple
 from lora_advisor.probes.batching import with_batching
 from lora_advisor.probes.cards import find_card
-from lora_advisor.probes.config import RunConfig
+from lora_advisor.probes.compiled_layers import compile_layers
+from lora_advisor.probes.config import LoraShape, RunConfig
 from lora_advisor.probes.errors import UNRECORDABLE, UsageError
 from lora_advisor.probes.extend import trace_all_layers
 from lora_advisor.probes.forkserver import ForkServer
@@ -82,14 +89,20 @@ def test_every_configuration_that_can_be_recorded_is(spec: Spec) -> None:
     assert short == {True: {"needed"}, False: {"layer"}}
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [({"dropout": 0.1}, "dropout draws"), ({"gpus": 2}, "several cards")],
-)
-def test_where_nothing_is_recorded_is_said(spec: Spec, changes: dict[str, Any], said: str) -> None:
-    space = _space(dataclasses.replace(spec, **changes))
+def test_an_adapter_with_dropout_is_not_recorded(spec: Spec) -> None:
+    space = _space(dataclasses.replace(spec, dropout=0.1))
     assert {c.cuda_graph for c in space.configs()} == {"off"}
-    assert said in dict(space.excluded)["cuda_graph micro_batch"]
+    assert "dropout draws" in dict(space.excluded)["cuda_graph micro_batch"]
+    assert _config(lora=LoraShape(r=4, alpha=8, dropout=0.1, targets="all-linear"), adapter="peft",
+                   cuda_graph="off")  # fmt: skip
+    with pytest.raises(UsageError, match=r"with `lora.dropout` 0\.1: a checkpointed layer reads"):
+        _config(lora=LoraShape(r=4, alpha=8, dropout=0.1, targets="all-linear"), adapter="peft")
+
+
+@pytest.mark.parametrize("optimizer", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_an_optimizer_that_steps_within_the_backward_pass_is_not_recorded(optimizer: str) -> None:
+    with pytest.raises(UsageError, match="it steps within the backward pass"):
+        _config(optimizer=optimizer)
 
 
 def test_a_model_that_draws_numbers_is_not_recorded(spec: Spec) -> None:
@@ -184,6 +197,64 @@ def test_several_processes_and_packed_rows_record_nothing(spec: Spec) -> None:
     assert with_batching(config, "packed").cuda_graph == "off"
     assert with_batching(config, "grouped").cuda_graph == "micro_batch"
     assert one_card(dataclasses.replace(spec, gpus=2)).fixed["cuda_graph"] == "off"
+    asked = dataclasses.replace(spec, gpus=2, fixed={"cuda_graph": "micro_batch"})
+    with pytest.raises(UsageError, match="`--cuda-graph` must be off with --gpus 2"):
+        one_card(asked)
+
+
+def test_a_plan_for_several_cards_says_so(tmp_path: Path, spec: Spec) -> None:
+    several = dataclasses.replace(
+        spec, device="none", gpu="rtx-3090", vram_bytes=8 * GIB, gpus=2, effective_batch=8,
+        free_trials=0,
+    )  # fmt: skip
+    plan = make_plan(several, record=tmp_path / "record.jsonl")
+    assert plan.chosen.config.cuda_graph == "off"
+    assert "no part of it" in dict(plan.excluded)["cuda_graph micro_batch"]
+
+
+def test_a_card_that_is_rented_may_multiply_in_another_precision(
+    spec: Spec, tmp_path: Path
+) -> None:
+    fixed = {**spec.fixed, "method": "lora"}
+    hired = dataclasses.replace(
+        spec, device="none", gpu="rtx-4060", vram_bytes=2 * GIB, free_trials=0, fixed=fixed
+    )
+    plan = make_plan(hired, record=tmp_path / "record.jsonl")
+    assert plan.chosen.config.cuda_graph == "micro_batch"
+    card = find_card("v100-16gb")
+    predictor = Predictor.start(
+        plan.architecture, card.machine(), card, limit_bytes=card.memory_bytes
+    )
+    session: Any = SimpleNamespace(stack=detect_stack())
+    config = _fitted(predictor, plan, card, session)
+    assert config is not None
+    assert (config.precision, config.cuda_graph) == ("fp16", "off")
+
+
+def test_what_accelerate_asks_for_goes_with_a_graph(tmp_path: Path) -> None:
+    asked = Reading("accelerate.yaml", {"mixed_precision": "fp16"})
+    imported = read_accelerate(asked, {}, _config())
+    assert (imported.config.precision, imported.config.cuda_graph) == ("fp16", "off")
+    assert any("cuda_graph" in str(note) for note in imported.notes)
+
+
+def test_what_records_reads_no_generator_and_no_mask() -> None:
+    config = _config(checkpointing="full")
+    assert checkpointing_arguments(config) == {"use_reentrant": False, "preserve_rng_state": False}
+    text = TRL.write(config, recipe(), config)
+    assert "preserve_rng_state" in text
+    assert "without_mask" not in text
+    assert "without_mask" in TRL.write(config.replace(cuda_graph="off"), recipe(), config)
+
+
+def test_compiled_layers_ask_again_whether_something_is_drawn() -> None:
+    from torch._functorch import partitioners
+
+    compile_layers(_config(compile="layers"), [], draws=True)
+    asked = partitioners.has_recomputable_rng_ops
+    for draws in (False, False, True):
+        compile_layers(_config(compile="layers"), [], draws=draws)
+        assert (partitioners.has_recomputable_rng_ops is asked) == draws
 
 
 def test_recorded_micro_batches_have_few_lengths() -> None:
@@ -235,4 +306,5 @@ def test_a_plan_goes_on_without_graphs_where_they_cannot_be(
     plan = plan_with(made, tmp_path)
     assert plan.chosen.config.cuda_graph == "off"
     assert plan.chosen.evidence == "proved"
-    assert sum(config.cuda_graph != "off" for config in made.probed) == 1
+    recorded = [config for config in made.probed if config.cuda_graph != "off"]
+    assert len({config.compile for config in recorded}) == len(recorded)  # each code once

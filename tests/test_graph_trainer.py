@@ -162,7 +162,7 @@ def test_where_it_cannot_be_is_said(changes: dict[str, Any], sentence: str) -> N
 def test_on_a_card_replayed_micro_batches_lose_the_same(
     changes: dict[str, Any], folder: Path
 ) -> None:
-    schedule = {"epochs": 2.0, "max_steps": -1}
+    schedule: dict[str, Any] = {"epochs": 2.0, "max_steps": -1}
     config = _config(folder, **{"precision": "bf16", **changes})
     plain = _trained(config.replace(recompute="layer"), "cuda", rows=62, **schedule)
     graph = _trained(config.replace(cuda_graph="micro_batch"), "cuda", rows=62, **schedule)
