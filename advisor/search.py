@@ -67,7 +67,7 @@ def search(
 
     The study is Optuna's, with the bound as a constraint. It starts with every arm in its plain
     form, looks in each for the largest micro-batch that fits, goes on with the other knobs of the
-    best arms, and ends with trials of TPE's own choice.
+    best arms (where none fits, of those that need least), and ends with trials of TPE's own choice.
 
     Args:
         space: Where to look.
@@ -120,7 +120,9 @@ def search(
     while asked := [(arm, c) for arm in arms if (c := seen.next_of(list(arm))) is not None]:
         predictor.prepare([*(config for _, config in asked), *beside], _next_ones(asked, seen))
         look_at([arm[config] for arm, config in asked])
-    varied = varied_choices(space, rank(seen.that("fits"), objective), seen, predictor)
+    best = rank(seen.that("fits"), objective)
+    closest = sorted(seen.that("does not fit"), key=lambda one: one.prediction.memory.needed_bytes)
+    varied = varied_choices(space, best or closest, seen, predictor)
     predictor.prepare(c for c in _legal_ones(space, varied) if not seen.settles(c))
     look_at(sorted(varied, key=lambda choice: choice[size], reverse=True))
     if size == "micro_batch" and not predictor.is_roofline:

@@ -33,7 +33,8 @@ class Space:
         effective_batch: Sequences in one optimizer step, the same for all.
         excluded: What was left out, and why.
         engine: Another engine whose configurations are as legal; None where there is none.
-        records: Whether micro-batches are recorded as CUDA graphs wherever that goes.
+        records: Whether micro-batches are recorded as CUDA graphs where a choice asks for it and it
+            goes; False too where the user has decided.
     """
 
     axes: Mapping[str, tuple[Any, ...]]
@@ -55,9 +56,8 @@ class Space:
         if values["method"] == "full":
             values["lora"] = None
         values.setdefault("recompute", "needed" if values["adapter"] == "fused" else "layer")
-        if "cuda_graph" not in values:
-            recorded = self.records and _can_be_recorded(values)
-            values["cuda_graph"] = "micro_batch" if recorded else "off"
+        if self.records and values["cuda_graph"] != "off" and not _can_be_recorded(values):
+            values["cuda_graph"] = "off"
         return RunConfig(**values)
 
     def configs(self) -> Iterator[RunConfig]:
@@ -95,11 +95,7 @@ def _loss(values: Mapping[str, Any]) -> str:
 
 
 def _can_be_recorded(values: Mapping[str, Any]) -> bool:
-    """Whether micro-batches can be CUDA graphs.
-
-    Wherever they can they are: in every pair of runs on an H100 the recorded one was as fast or
-    faster (benchmarks/results/cuda_graphs_h100_2026-11-27.json), and a busy host no longer counts.
-    """
+    """Whether micro-batches can be CUDA graphs."""
     try:
         RunConfig(**{**values, "cuda_graph": "micro_batch"})
     except UsageError:
@@ -142,6 +138,9 @@ def build_space(
         "kernels": ("none", "liger"),
         "adapter": ("fused",),
         "compile": ("off", "layers"),
+        # In every pair of runs on an H100 the recorded one was as fast or faster
+        # (benchmarks/results/cuda_graphs_h100_2026-11-27.json); without, a card has more memory.
+        "cuda_graph": ("micro_batch", "off"),
         "allocator": _allocators(spec),
         "embedding": _embeddings(spec, machine),
         "packing": (False,),
@@ -166,6 +165,7 @@ def build_space(
     not_recorded = _why_not_recorded(spec, machine)
     if not_recorded is not None:
         excluded.append(("cuda_graph micro_batch", not_recorded))
+        axes["cuda_graph"] = ("off",)
     for knob, value in spec.fixed.items():
         if knob == "micro_batch" and value < 1:
             raise UsageError(f"`--micro-batch` must be at least 1 sequence, but got {value}.")
@@ -185,9 +185,8 @@ def build_space(
             r=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=spec.targets
         ),
     }
-    space = Space(
-        axes, base, spec.effective_batch, tuple(excluded), engine, records=not_recorded is None
-    )
+    records = "cuda_graph" not in spec.fixed
+    space = Space(axes, base, spec.effective_batch, tuple(excluded), engine, records)
     if next(space.configs(), None) is None:
         raise UsageError(_contradiction(space, spec))
     return space

@@ -18,6 +18,7 @@ from lora_advisor.probes.plan import Candidate
 #: in every arm; the rest only around the best arms.
 EVERYWHERE = {
     "optimizer": 1, "precision": 1, "attention": 1, "allocator": 1, "embedding": 1,
+    "cuda_graph": 1,
     "trainer": 1, "checkpointing": 3,
 }  # fmt: skip
 _ARMS_VARIED = 2
@@ -38,7 +39,10 @@ def legal(space: Space, choice: dict[str, Any]) -> RunConfig | None:
 def varied_choices(
     space: Space, best: Sequence[Candidate], seen: Seen, predictor: Predictor
 ) -> list[dict[str, Any]]:
-    """Return the best arms with one more knob changed, larger micro-batches included."""
+    """Return the best arms with one more knob changed, larger micro-batches included.
+
+    Those arms need not fit: what is changed may be what lets them.
+    """
     choices = []
     arms: list[RunConfig] = []
     for candidate in best:
@@ -70,6 +74,8 @@ def _is_slower(
     """
     config = legal(space, choice)
     if config is None or not predictor.is_roofline or seen.size == "seq_len":
+        return False
+    if best.prediction.verdict == "does not fit":
         return False
     speed = seen.speed_at_most(config)
     if speed is None or best.tokens_per_s is None:

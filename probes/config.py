@@ -19,6 +19,7 @@ from lora_advisor.probes.checks import (
     fields_of,
 )
 from lora_advisor.probes.errors import UsageError
+from lora_advisor.probes.legality import check_combinations
 
 STAGES = ("sft", "dpo")
 TRAINERS = ("trl", "transformers", "loop")
@@ -214,7 +215,11 @@ class RunConfig:
         for name in ("fp32_upcast", "packing", "group_by_length"):
             check_flag(name, getattr(self, name))
         self._check_checkpointing()
-        self._check_combinations()
+        if self.method != "full" and not isinstance(self.lora, LoraShape):
+            raise UsageError(f"`lora` must be given with method {self.method!r}.")
+        check_combinations(self)
+        if self.compile != "off" or self.checkpointing == "off":
+            object.__setattr__(self, "recompute", "layer")  # the same under another name
 
     def _check_checkpointing(self) -> None:
         if self.checkpointing in ("off", "full", "offload"):
@@ -226,171 +231,6 @@ class RunConfig:
             raise UsageError(
                 '`checkpointing` must be "off", "full", "offload" or "every_N" with N of at least '
                 f"2, but got {self.checkpointing!r}."
-            )
-
-    def _check_combinations(self) -> None:
-        if self.method == "full":
-            if self.lora is not None:
-                raise UsageError('`lora` must be null with method "full", which trains no adapter.')
-            if self.fp32_upcast:
-                raise UsageError(
-                    '`fp32_upcast` must be false with method "full": '
-                    "prepare_model_for_kbit_training freezes the weights that are to be trained."
-                )
-            if self.embedding == "host":
-                raise UsageError(
-                    '`embedding` must be "device" with method "full", which trains the embeddings.'
-                )
-        elif not isinstance(self.lora, LoraShape):
-            raise UsageError(f"`lora` must be given with method {self.method!r}.")
-        if self.trainer in FOREIGN_TRAINERS:
-            self._check_foreign()
-        if self.adapter == "fused":
-            self._check_fused_adapter()
-        if self.stage == "dpo":
-            self._check_preference()
-        if self.trainer == "trl" and self.loss == "full":
-            raise UsageError(
-                '`loss` must be "fused" or "one_pass" with trainer "trl": SFTTrainer (TRL 1.15 and '
-                'later) always computes it in tiles. Use trainer "transformers" for "full".'
-            )
-        if self.loss == "one_pass":
-            self._check_one_pass()
-        if self.recompute == "needed":
-            self._check_recompute()
-        if self.cuda_graph != "off":
-            self._check_cuda_graph()
-        if (
-            self.trainer in ("transformers", "loop")
-            and self.loss == "fused"
-            and self.kernels != "liger"
-        ):
-            raise UsageError(
-                f'`loss` "fused" needs kernels "liger" with trainer {self.trainer!r}, which has no '
-                'fused loss of its own; use trainer "trl" or loss "full".'
-            )
-        if self.packing and self.trainer != "trl":
-            raise UsageError(
-                f'`packing` must be false with trainer {self.trainer!r}: only "trl" packs rows.'
-            )
-        if self.packing and self.group_by_length:
-            raise UsageError(
-                "`group_by_length` must be false with `packing`, which leaves no padding to save."
-            )
-        if self.attention == "flash_attention_2" and self.precision == "fp32":
-            raise UsageError(
-                '`attention` "flash_attention_2" needs precision "bf16" or "fp16": the kernel has '
-                "no fp32 form."
-            )
-
-    def _check_foreign(self) -> None:
-        quantised = self.method == "qlora"
-        for name, wanted in (
-            ("quant_type", "nf4" if quantised else None),
-            ("double_quant", True if quantised else None),
-            ("stage", "sft"),
-            ("attention", "sdpa"),
-            ("kernels", "none"),
-            ("loss", "fused"),
-            ("adapter", "peft"),
-            ("compile", "off"),
-            ("embedding", "device"),
-            ("recompute", "layer"),
-            ("cuda_graph", "off"),
-            ("fp32_upcast", False),
-        ):
-            if getattr(self, name) != wanted:
-                raise UsageError(
-                    f"`{name}` must be {wanted} with trainer {self.trainer!r}, whose step is its "
-                    f"own, but got {getattr(self, name)!r}."
-                )
-        if self.method == "full":
-            raise UsageError(
-                f'`method` must be "lora" or "qlora" with trainer {self.trainer!r}, which trains '
-                "adapters here."
-            )
-        if self.checkpointing not in ("off", "full", self.trainer):
-            raise UsageError(
-                f'`checkpointing` must be "off", "full" or {self.trainer!r} with trainer '
-                f"{self.trainer!r}, but got {self.checkpointing!r}."
-            )
-
-    def _check_one_pass(self) -> None:
-        foreign = self.trainer != "trl"
-        instead = '"fused" or "full"' if foreign else '"fused"'
-        for name, wrong, why in (
-            ("trainer", foreign, "it is a trainer of TRL's that computes it"),
-            ("stage", self.stage != "sft", "DPO asks for more than the targets' probabilities"),
-            (
-                "method",
-                self.method == "full",
-                "the head's weights are trained as well",
-            ),
-        ):
-            if wrong:
-                raise UsageError(
-                    f"`loss` must be {instead} with {name} {getattr(self, name)!r}, not "
-                    f'"one_pass": {why}.'
-                )
-
-    def _check_recompute(self) -> None:
-        if self.adapter != "fused":
-            raise UsageError(
-                f'`recompute` must be "layer" with adapter {self.adapter!r}, not "needed": it is '
-                "the fused adapter that ends early."
-            )
-        if self.compile != "off" or self.checkpointing == "off":  # the same under another name
-            object.__setattr__(self, "recompute", "layer")
-
-    def _check_cuda_graph(self) -> None:
-        if self.lora is not None and self.lora.dropout > 0:
-            raise UsageError(
-                f'`cuda_graph` must be "off" with `lora.dropout` {self.lora.dropout:g}: a '
-                "checkpointed layer reads the generator's state, which cannot be recorded."
-            )
-        inside = self.optimizer in ("lomo", "adalomo") or self.optimizer.endswith("_layerwise")
-        for name, wrong, why in (
-            ("loss", self.loss != "one_pass", "other losses read values back within a micro-batch"),
-            ("packing", self.packing, "packed rows begin elsewhere in every micro-batch"),
-            ("precision", self.precision == "fp16", "its scaler reads the gradients back"),
-            ("compile", self.compile == "model", "a compiled model has graphs of its own"),
-            ("checkpointing", self.checkpointing == "offload", "what is offloaded moves about"),
-            ("optimizer", inside, "it steps within the backward pass"),
-        ):
-            if wrong:
-                raise UsageError(
-                    f'`cuda_graph` must be "off" with {name} {getattr(self, name)!r}: {why}.'
-                )
-
-    def _check_fused_adapter(self) -> None:
-        if self.lora is None:
-            raise UsageError('`adapter` must be "peft" with method "full", which trains none.')
-        if self.lora.dropout:
-            raise UsageError(
-                '`adapter` "fused" needs `lora.dropout` 0, for it has no dropout, but got '
-                f'{self.lora.dropout!r}; use adapter "peft".'
-            )
-        if self.trainer not in ("trl", "transformers"):
-            raise UsageError(
-                f'`adapter` must be "peft" with trainer {self.trainer!r}: "fused" multiplies as '
-                'autocast does, which only "trl" and "transformers" use.'
-            )
-
-    def _check_preference(self) -> None:
-        for name, wanted, why in (
-            ("trainer", "trl", "it is TRL's DPOTrainer that trains on pairs"),
-            ("packing", False, "TRL does not pack pairs"),
-            ("group_by_length", False, "Trainer groups by `input_ids`, which pairs do not have"),
-        ):
-            if getattr(self, name) != wanted:
-                raise UsageError(
-                    f'`{name}` must be {wanted} with stage "dpo" ({why}), but got '
-                    f"{getattr(self, name)!r}."
-                )
-        if self.method == "full":
-            raise UsageError(
-                '`method` must be "lora" or "qlora" with stage "dpo": the reference is the model '
-                "without its adapter, and full fine-tuning would need a second model."
             )
 
     @property
