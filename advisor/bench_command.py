@@ -33,9 +33,9 @@ def _held_options(command: Any) -> Any:
     for name, value in reversed(_HELD.items()):
         words = f"Hold it at: {KNOBS[name]}"
         default = value if value is not None else "what the model runs with"
-        command = click.option(f"--{name}", default=value, help=f"{words} (default: {default}).")(
-            command
-        )
+        command = click.option(
+            f"--{name.replace('_', '-')}", default=value, help=f"{words} (default: {default})."
+        )(command)
     return command
 
 

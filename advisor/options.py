@@ -67,7 +67,7 @@ def knob_options(*left_out: str, micro_batch: int | None = None) -> Callable[[F]
             help="Fix the sequences in one forward pass.",
         ),
         *(
-            click.option(f"--{name}", default=None, help=f"Fix it: {words}.")
+            click.option(f"--{name.replace('_', '-')}", default=None, help=f"Fix it: {words}.")
             for name, words in KNOBS.items()
             if name not in left_out
         ),

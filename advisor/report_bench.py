@@ -246,7 +246,7 @@ def command(bench: Bench) -> str:
     words += ["--repeats", str(bench.design.repeats), "--seed", str(bench.design.seed)]
     base = bench.design.base
     for name in (name for name in fixed_of(base) if name != "loss"):
-        words += [f"--{name}", str(getattr(base, name))]
+        words += [f"--{name.replace('_', '-')}", str(getattr(base, name))]
     if base.lora is not None:
         words += ["--rank", str(base.lora.r), "--alpha", f"{base.lora.alpha:g}"]
         words += ["--dropout", f"{base.lora.dropout:g}", "--targets", _targets(base.lora, ",")]

@@ -164,6 +164,10 @@ def build_space(
         engine = unsloth.NAME
     not_recorded = _why_not_recorded(spec, machine)
     if not_recorded is not None:
+        if spec.fixed.get("cuda_graph", "off") != "off":
+            raise UsageError(
+                f"`--cuda-graph micro_batch` cannot be planned for: {not_recorded}; leave it out."
+            )
         excluded.append(("cuda_graph micro_batch", not_recorded))
         axes["cuda_graph"] = ("off",)
     for knob, value in spec.fixed.items():

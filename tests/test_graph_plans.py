@@ -29,6 +29,7 @@ from lora_advisor.advisor.renting import _fitted
 from lora_advisor.advisor.scaling import one_card
 from lora_advisor.advisor.search import search
 from lora_advisor.advisor.space import Space, build_space
+from lora_advisor.cli import main
 from lora_advisor.models.memory import context_of, graph_bytes
 from lora_advisor.models.replayed import traced_memory
 from lora_advisor.models.throughput import host_terms
@@ -130,6 +131,23 @@ def test_a_model_that_draws_numbers_is_not_recorded(spec: Spec) -> None:
     space = _space(spec)
     assert {c.cuda_graph for c in space.configs()} == {"off"}
     assert "random numbers" in dict(space.excluded)["cuda_graph micro_batch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cuda-graph", "micro_batch", "--gpus", "2"], "must be off with --gpus 2"),
+        (["--cuda-graph", "on"], "must be one of off, micro_batch"),
+        (["--cuda-graph", "micro_batch", "--device", "cpu"], "it is the GPU that replays it"),
+        (["--recompute", "needed", "--adapter", "peft"], "the fused adapter that ends early"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device = [] if "--device" in words else ["--device", "none"]
+    assert main(["plan", "--vram", "8", *device, *words]) == 64
+    assert said in capsys.readouterr().err
 
 
 def test_a_knob_fixed_by_the_user_stays(spec: Spec) -> None:
