@@ -113,7 +113,8 @@ def _fitted(predictor: Predictor, plan: Plan, card: Card, session: Session) -> R
         for size in _sizes(spec, chosen):
             try:
                 config = chosen.replace(
-                    cuda_graph="off",  # which a card of another precision may not have
+                    # The scaler of fp16 is no part of a CUDA graph.
+                    cuda_graph="off" if precision == "fp16" else chosen.cuda_graph,
                     precision=precision,
                     checkpointing=checkpointing,
                     compile="off",
