@@ -5,36 +5,63 @@ from __future__ import annotations
 import pickle
 
 from lora_advisor.advisor.trace_cache import TraceCache, key_of
-from lora_advisor.probes.architectures import Architecture, attention_of
+from lora_advisor.probes.architectures import Architecture, attentions_of
+from lora_advisor.probes.attention_semantics import generation
 from lora_advisor.probes.config import ATTENTIONS
 from lora_advisor.probes.forkserver import ForkServer
-from lora_advisor.probes.machine import detect_stack
+from lora_advisor.probes.machine import Machine, detect_stack
 
 
 def attention(architecture: Architecture, cache: TraceCache | None) -> str:
-    """Return a model's attention, from the cache if there is one that has it."""
-    if cache is None:
-        return attention_of(architecture)
-    known = known_attention(architecture, cache)
-    if known is None:
-        known = attention_of(architecture)
-        cache.put(_key(architecture), {"attention": known})
-    return known
+    """Return the attention of a model's rows that are not packed."""
+    return _attentions(architecture, cache)[0]
+
+
+def packed_attention(
+    architecture: Architecture, cache: TraceCache | None, machine: Machine, precision: str
+) -> str:
+    """Return the attention of a model's packed rows on a machine.
+
+    The kernel that takes their bounds needs compute capability 8.0 and 16 bits
+    (flash_attn/flash_api.cpp).
+    """
+    card = precision != "fp32" and generation(machine.capability) >= (8, 0)
+    takes_bounds = machine.kind == "cpu" or card
+    return _attentions(architecture, cache)[-1 if takes_bounds else 0]
 
 
 def known_attention(architecture: Architecture, cache: TraceCache) -> str | None:
-    """Return what the cache has; None for a model never asked about."""
-    known = (cache.get(_key(architecture)) or {}).get("attention")
-    return str(known) if known in ATTENTIONS else None
+    """Return what the cache has of rows that are not packed; None for a model never asked about."""
+    known = _known(architecture, cache)
+    return None if known is None else known[0]
 
 
 def learn_attention(architecture: Architecture, cache: TraceCache, server: ForkServer) -> None:
     """Have a server, which imports torch anyway, tell the cache what it lacks."""
-    if known_attention(architecture, cache) is None:
+    if _known(architecture, cache) is None:
         answer = server.ask("attention", pickle.dumps(architecture))
         if answer:
-            cache.put(_key(architecture), {"attention": answer.decode("ascii")})
+            _keep(architecture, cache, tuple(answer.decode("ascii").split()))
+
+
+def _attentions(architecture: Architecture, cache: TraceCache | None) -> tuple[str, ...]:
+    """Return a model's attentions, from the cache if there is one that has them."""
+    known = None if cache is None else _known(architecture, cache)
+    if known is None:
+        known = attentions_of(architecture)
+        if cache is not None:
+            _keep(architecture, cache, known)
+    return known
+
+
+def _known(architecture: Architecture, cache: TraceCache) -> tuple[str, ...] | None:
+    known = tuple((cache.get(_key(architecture)) or {}).get("attentions") or ())
+    return known if known and set(known) <= set(ATTENTIONS) else None
+
+
+def _keep(architecture: Architecture, cache: TraceCache, attentions: tuple[str, ...]) -> None:
+    cache.put(_key(architecture), {"attentions": list(attentions)})
 
 
 def _key(architecture: Architecture) -> str:
-    return key_of(detect_stack(), None, architecture.fingerprint, {"asked": "attention"})
+    return key_of(detect_stack(), None, architecture.fingerprint, {"asked": "attentions"})

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_advisor.advisor.arms import arm_of, describe
+from lora_advisor.advisor.attention import packed_attention
 from lora_advisor.advisor.epochs import data_report
 from lora_advisor.advisor.front import front
 from lora_advisor.advisor.pricing import off_by, prices_of
@@ -124,7 +125,11 @@ def _considered(candidates: Sequence[Candidate]) -> tuple[Considered, ...]:
 def _batchings(session: Session, chosen: Candidate, data: DataSummary) -> tuple[Batching, ...]:
     """Return what a pass over the data costs under each way to make micro-batches."""
     prices = prices_of(session.predictor, chosen.config, off_by(session, chosen.config))
-    return data_report(data, chosen.config, prices, seed=session.spec.seed)
+    store = session.predictor.store
+    packed = packed_attention(
+        session.architecture, store.cache, session.machine, chosen.config.precision
+    )
+    return data_report(data, chosen.config, prices, seed=session.spec.seed, packed_attention=packed)
 
 
 def _because(candidate: Candidate, reason: str) -> Candidate:

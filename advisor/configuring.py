@@ -193,6 +193,7 @@ def _notes(config: RunConfig, device: str) -> tuple[str, ...]:
         config.compile == "layers"
         or config.fp32_upcast
         or config.embedding == "host"
+        or config.attention == "varlen"
         or config.trainer == "transformers"
     ):
         notes.append("pass the loaded model through `setup.prepare(model)` before the trainer.")
@@ -214,6 +215,14 @@ def _notes(config: RunConfig, device: str) -> tuple[str, ...]:
         notes.append(
             "the loss in one pass is that of `lora_advisor.probes.one_pass_trainer.OnePassTrainer`:"
             " use it in place of SFTTrainer, whose loss multiplies with the head once more."
+        )
+    if config.attention == "varlen":
+        from lora_advisor.probes.arguments import padding_multiple
+
+        notes.append(
+            "packed rows are kept apart by their bounds: pass the trainer through "
+            "`lora_advisor.probes.packed_rows.fill_up(trainer, "
+            f"{config.seq_len}, {padding_multiple(config)})`."
         )
     if config.kernels == "liger":
         notes.append("Liger's kernels need the package liger-kernel where the script runs.")

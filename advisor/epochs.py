@@ -69,6 +69,7 @@ def data_report(
     *,
     seed: int = 0,
     names: Sequence[str] = BATCHINGS,
+    packed_attention: str = "sdpa",
 ) -> tuple[Batching, ...]:
     """Return what a pass costs under each batching that the configuration's trainer knows.
 
@@ -79,10 +80,11 @@ def data_report(
             `packing`; layers that are compiled for too many lengths are priced as eager ones.
         seed: Of the order of the rows.
         names: Which of `BATCHINGS` are asked for.
+        packed_attention: As `with_batching` takes it.
     """
     if not summary.length_counts:
         return ()
-    epochs = _epochs(summary, config, seed, names)
+    epochs = _epochs(summary, config, seed, names, packed_attention)
     priced: list[Batching] = []
     for packed in (False, True):
         alike = [pair for pair in epochs if pair[0].packing == packed]
@@ -93,14 +95,18 @@ def data_report(
 
 
 def _epochs(
-    summary: DataSummary, config: RunConfig, seed: int, names: Sequence[str]
+    summary: DataSummary,
+    config: RunConfig,
+    seed: int,
+    names: Sequence[str],
+    packed_attention: str,
 ) -> list[tuple[RunConfig, Epoch]]:
     """Return the passes that the configuration's trainer can make, with what makes them."""
     lengths = lengths_of(summary.length_counts, seed=seed)
     found = []
     for name in names:
         try:
-            changed = with_batching(config, name)
+            changed = with_batching(config, name, packed_attention=packed_attention)
         except UsageError:
             continue  # only TRL packs
         epoch = epoch_of(
@@ -139,7 +145,7 @@ def _prices(
 
 def _padded(config: RunConfig, lengths: Sequence[float]) -> Iterator[float]:
     """Yield lengths as they are padded; the last micro-batch's, spread over more rows, likewise."""
-    multiple = padding_multiple(config) or 1
+    multiple = 1 if config.packing else padding_multiple(config) or 1  # those are filled already
     for length in lengths:
         yield math.ceil(length / multiple) * multiple if multiple > 1 else length
 

@@ -16,6 +16,7 @@ from lora_advisor.advisor.export_words import (
     NO_DATA,
     NO_GRAPH,
     ONE_PASS,
+    VARLEN,
     Recipe,
     Rule,
     Target,
@@ -152,6 +153,7 @@ def common_rules(name: str) -> list[Rule]:
     """Return what neither Axolotl nor LLaMA-Factory can express."""
     return [
         NO_GRAPH,
+        VARLEN,
         ONE_PASS,
         Rule(
             lambda c: c.checkpointing == "unsloth",

@@ -66,8 +66,13 @@ def _write_trl(config: RunConfig, recipe: Recipe, asked: RunConfig) -> str:
         "" if config.method == "full" else "        peft_config=make_lora(),\n",
         "    )\n",
         FULL_PRECISION.lstrip("\n") if config.precision == "fp16" else "",
+        _fill_up(config) if config.attention == "varlen" else "",
     ]
     return _script(config, recipe, made, arguments, libraries, function, "".join(body))
+
+
+def _fill_up(config: RunConfig) -> str:
+    return f"    fill_up(trainer, {config.seq_len}, {padding_multiple(config)})\n"
 
 
 def _write_plain(config: RunConfig, recipe: Recipe, asked: RunConfig) -> str:
@@ -164,6 +169,9 @@ def _imports(config: RunConfig, libraries: Sequence[tuple[str, str]], *, plain: 
         names["lora_advisor.probes.fused_adapter"] = {"fused_layers"}
     if config.embedding == "host":
         names["lora_advisor.probes.host_embedding"] = {"keep_on_host"}
+    if config.attention == "varlen":
+        names["lora_advisor.probes.varlen_attention"] = {"use_bounds"}
+        names["lora_advisor.probes.packed_rows"] = {"fill_up"}
     for module, words in libraries:
         names.setdefault(module, set()).update(words.split(", "))
     torch = "import torch\n" if config.precision == "fp16" and not plain else ""
@@ -189,6 +197,8 @@ def _load(config: RunConfig, recipe: Recipe) -> str:
         text += UPCAST.lstrip("\n").format(checkpointed=checkpointed)
     if config.embedding == "host":
         text += "    keep_on_host(model)\n"
+    if config.attention == "varlen":
+        text += "    use_bounds(model)\n"
     if config.compile == "layers":
         text += COMPILE.lstrip("\n")
     return text
@@ -214,11 +224,15 @@ def _trl_rules(recipe: Recipe) -> list[Rule]:
     ]
 
 
+def _attention_unpacked(config: RunConfig) -> dict[str, str]:
+    return {"attention": "sdpa"} if config.attention == "varlen" else {}
+
+
 def _plain_rules(recipe: Recipe) -> list[Rule]:
     return [
         Rule(
             lambda c: c.packing,
-            lambda c: {"packing": False},
+            lambda c: {"packing": False, **_attention_unpacked(c)},
             "Rows are not packed: transformers' Trainer packs none, so short rows are padded.",
         ),
         NO_GRAPH,
@@ -269,6 +283,8 @@ def _trl_notes(config: RunConfig, recipe: Recipe) -> list[str]:
         notes.append("The trainer of the one-pass loss is lora-advisor's own code too.")
     if config.embedding == "host":
         notes.append("What holds input embeddings in host memory is lora-advisor's own code too.")
+    if config.attention == "varlen":
+        notes.append("So is what keeps packed rows apart without a mask.")
     return notes
 
 

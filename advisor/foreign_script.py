@@ -90,7 +90,7 @@ def _plain(
         seq_len=training.whole("max_length") if trl else _constant(tree, "MAX_LENGTH", where),
         precision=_precision(training, loaded.take("dtype")),
         checkpointing=_checkpointing(training),
-        attention=loaded.words("attn_implementation", "sdpa"),
+        attention=_attention(loaded, names),
         kernels=kernels,
         loss=_loss(names, fused=trl or (kernels == "liger" and bool(tiled))),
         fp32_upcast="prepare_model_for_kbit_training" in names,
@@ -171,6 +171,11 @@ def _checkpointing(training: Reading) -> str:
         return "offload"
     every = how.get("every_n_layers", 1)
     return "full" if every == 1 else f"every_{every}"
+
+
+def _attention(loaded: Reading, names: set[str]) -> str:
+    given = loaded.words("attn_implementation", "sdpa")
+    return "varlen" if "use_bounds" in names else given
 
 
 def _loss(names: set[str], *, fused: bool) -> str:

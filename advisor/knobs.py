@@ -13,7 +13,7 @@ KNOBS = {
     "precision": "bf16, fp16 or fp32",
     "optimizer": "a name of transformers' OptimizerNames",
     "checkpointing": "off, full, every_N, offload or unsloth",
-    "attention": "sdpa, eager or flash_attention_2",
+    "attention": "sdpa, eager, flash_attention_2, or varlen: packed rows by their bounds",
     "kernels": "none or liger",
     "adapter": "peft, or fused: one function for a product and its adapter",
     "compile": "off, layers or model",

@@ -118,7 +118,8 @@ def epoch_of(
         seed: Of the order, as in `Schedule`.
         sequences: Sequences that a row makes: 2 for a pair.
         useful_tokens: Tokens of the rows; None for the sum of their lengths.
-        multiple: What a micro-batch's length is padded to a multiple of; packed ones are not.
+        multiple: What a micro-batch's length is padded to a multiple of; that of packed rows is the
+            length of all.
     """
     import numpy
 
@@ -130,8 +131,9 @@ def epoch_of(
         if batching == "packed":
             rows = [sum(documents) for documents in pack(rows, seq_len)]
         order = random_order(len(rows), seed=seed)
-    padded = 0 if batching == "packed" else multiple
-    tokens = _computed(numpy.array(rows)[order], micro_batch, padded)
+    tokens = _computed(
+        numpy.array(rows)[order], micro_batch, multiple, end_to_end=batching == "packed"
+    )
     tokens *= sequences
     values, counts = numpy.unique(tokens, return_counts=True)
     return Epoch(
@@ -144,16 +146,19 @@ def epoch_of(
     )
 
 
-def _computed(rows: NDArray[Any], micro_batch: int, multiple: int) -> NDArray[Any]:
+def _computed(
+    rows: NDArray[Any], micro_batch: int, multiple: int, *, end_to_end: bool
+) -> NDArray[Any]:
     """Return the tokens of each micro-batch of rows in the order they are taken.
 
-    Each is padded to its longest row, and that to a multiple; 0 for none.
+    Each is padded to its longest row, and that to a multiple; rows that lie end to end are filled
+    up together.
     """
     import numpy
 
     starts = numpy.arange(0, len(rows), micro_batch)
-    if not multiple:
-        return numpy.add.reduceat(rows, starts)
+    if end_to_end:
+        return -(-numpy.add.reduceat(rows, starts) // multiple) * multiple
     counts = numpy.minimum(micro_batch, len(rows) - starts)
     longest = numpy.maximum.reduceat(rows, starts)
     return -(-longest // multiple) * multiple * counts

@@ -46,5 +46,7 @@ def pass_seconds(
 ) -> Interval | None:
     """Return the time of one pass over the data as a configuration makes its micro-batches."""
     own = (batching_of(config),)
-    (batching,) = data_report(data, config, micro_seconds, seed=seed, names=own)
+    (batching,) = data_report(
+        data, config, micro_seconds, seed=seed, names=own, packed_attention=config.attention
+    )
     return batching.seconds

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_advisor.advisor.attention import attention
+from lora_advisor.advisor.attention import attention, packed_attention
 from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import embedding_bytes, has_own_head, resolve_architecture
@@ -134,7 +134,7 @@ def build_space(
         "optimizer": ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
         "precision": _precisions(machine, card),
         "checkpointing": ("full", "every_2", "off", "every_4"),
-        "attention": (_attention(spec, cache),),
+        "attention": (_attention(spec, cache, machine),),
         "kernels": ("none", "liger"),
         "adapter": ("fused",),
         "compile": ("off", "layers"),
@@ -276,7 +276,7 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "method": ("lora", "qlora"),
     "precision": ("bf16", "fp16", "fp32"),
     "checkpointing": ("full", "off"),
-    "attention": ("sdpa", "eager"),
+    "attention": ("sdpa", "eager", "varlen"),
     "kernels": ("none", "liger"),
     "adapter": ("peft", "fused"),
     "compile": ("off", "layers"),
@@ -336,10 +336,15 @@ def _lengths(spec: Spec) -> tuple[int, ...]:
     return tuple(lengths or [spec.seq_len])
 
 
-def _attention(spec: Spec, cache: TraceCache | None) -> str:
+def _attention(spec: Spec, cache: TraceCache | None, machine: Machine | None) -> str:
+    """Return the attention of a model, on a machine where rows may be packed."""
     architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
     # Code of the model's own may have changed.
-    return attention(architecture, None if spec.trust_remote_code else cache)
+    cache = None if spec.trust_remote_code else cache
+    if machine is None or not spec.fixed.get("packing"):
+        return attention(architecture, cache)
+    precision = spec.fixed.get("precision", "bf16")
+    return packed_attention(architecture, cache, machine, precision)
 
 
 def _precisions(machine: Machine, card: Card | None) -> tuple[str, ...]:
@@ -396,7 +401,7 @@ def baseline_config(spec: Spec, precision: str, *, cache: TraceCache | None = No
         optimizer="adamw_torch_fused",
         precision=precision,
         checkpointing="full",
-        attention=_attention(spec, cache),
+        attention=_attention(spec, cache, None),
         kernels="none",
         loss="fused" if stage == "dpo" else "full",
         fp32_upcast=True,

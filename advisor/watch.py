@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from lora_advisor.advisor.outcome import Measured, Progress
 from lora_advisor.advisor.processes import here
 from lora_advisor.probes.meter import Memory, Meter
+from lora_advisor.probes.packed_rows import useful_tokens
 
 #: Seconds between two reports.
 REPORT_S = 1.0
@@ -59,11 +60,8 @@ class Watch(TrainerCallback):
         plain = trainer.training_step
 
         def counted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            mask = inputs.get("attention_mask")
             self._padded += inputs["input_ids"].numel()
-            # Without a mask no row is padded. A sum stays where the mask is until the step's end:
-            # to read it here would wait for the device in every micro-batch.
-            self._tokens.append(inputs["input_ids"].numel() if mask is None else mask.sum())
+            self._tokens.append(useful_tokens(inputs))  # read at the step's end
             return plain(model, inputs, *args, **kwargs)
 
         vars(trainer)["training_step"] = counted  # over the method of the class

@@ -65,10 +65,14 @@ def step(config: RunConfig, cap_gib: float) -> dict[str, Any]:
             torch.cuda.synchronize()
             times.append(time.perf_counter() - self.began)
 
+    documents = 2 if config.packing else 1  # as a probe's rows
     with tempfile.TemporaryDirectory() as name:
         trainer: Any = build_trainer(
             config, model,
-            rows=random_rows(config.micro_batch * config.accumulation, config.seq_len, vocabulary),
+            rows=random_rows(
+                documents * config.micro_batch * config.accumulation,
+                config.seq_len // documents, vocabulary,
+            ),
             tokenizer=padding_tokenizer(vocabulary), device="cuda", callbacks=[Clock()],
             schedule=Schedule(max_steps=WARMUP + STEPS + 1, output_dir=name),
         )  # fmt: skip

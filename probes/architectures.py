@@ -250,6 +250,30 @@ def attention_of(architecture: Architecture) -> str:
     return "sdpa" if getattr(causal_model_of(architecture), "_supports_sdpa", True) else "eager"
 
 
+def attentions_of(architecture: Architecture) -> tuple[str, ...]:
+    """Return what a model's rows may be attended with, and last what suits packed rows best.
+
+    "varlen" needs layers that hand on to their attention what they are not asked for themselves
+    (transformers' `_supports_attention_backend`), keys as wide as values and at most the kernel's
+    256 numbers, and no windows or chunks: those are left to masks.
+    """
+    plain = attention_of(architecture)
+    text = build_hf_config(architecture).get_text_config()
+    own = getattr(causal_model_of(architecture), "_supports_attention_backend", False)
+    if plain != "sdpa" or not own:
+        return (plain,)
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    full, windowed = "full_attention", "sliding_attention"
+    kinds = set(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None)
+    if window and not getattr(text, "use_sliding_window", True):
+        window = None
+    short = window and window < text.max_position_embeddings
+    masked = short or kinds - ({full} if window is None else {full, windowed})
+    latent = hasattr(text, "v_head_dim") or getattr(text, "attention_chunk_size", None)
+    return (plain,) if width > 256 or masked or latent else (plain, "varlen")
+
+
 def causal_model_of(architecture: Architecture) -> Any:
     """Return transformers' class of the causal language model; None where it has none."""
     from transformers import AutoModelForCausalLM

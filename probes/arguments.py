@@ -94,7 +94,7 @@ def trl_arguments(config: RunConfig) -> dict[str, Any]:
     """Return what TRL's arguments have beside transformers'."""
     arguments: dict[str, Any] = {
         "max_length": config.seq_len,
-        "pad_to_multiple_of": padding_multiple(config),
+        "pad_to_multiple_of": None if config.packing else padding_multiple(config),
     }
     if config.stage == "sft":
         arguments.update(packing=config.packing, eval_packing=False)
@@ -109,13 +109,19 @@ def padding_multiple(config: RunConfig) -> int | None:
     code is for one shape, dynamo giving up on a layer after some of them
     (probes/compiled_layers.py). So batches have few lengths, all parts of `seq_len`: 64, or 32 at
     least; where layers are compiled the full one, or four of rows that are grouped by length; where
-    micro-batches are recorded as CUDA graphs eight. A length that has no such parts, and packed
-    rows, are left as they are.
+    micro-batches are recorded as CUDA graphs eight. Packed rows lie end to end: where no mask
+    keeps them apart they are filled up together to eighths of a sequence, and where layers are
+    compiled to a full micro-batch (probes/packed_rows.py). A length that has no such parts, and
+    packed rows with a mask, are left as they are.
     """
-    if config.packing:
+    if config.packing and config.attention != "varlen":
         return None
     most, least = _LENGTHS
-    if config.compile != "off":
+    if config.packing:
+        most, least = _RECORDED_LENGTHS, 1
+        if config.compile != "off":
+            return config.seq_len * config.micro_batch
+    elif config.compile != "off":
         grouped = config.group_by_length and config.compile == "layers"
         most, least = (_GROUPED_COMPILED_LENGTHS if grouped else 1), 1
     elif config.cuda_graph != "off":
@@ -158,6 +164,14 @@ def dtype_name(config: RunConfig) -> str:
     return "float32"
 
 
+def loaded_attention(config: RunConfig) -> str:
+    """Return the attention that a model is loaded with, in transformers' words.
+
+    That of packed rows takes its place when the step is built (`finetune.prepare_model`).
+    """
+    return "sdpa" if config.attention == "varlen" else config.attention
+
+
 def quantization_arguments(config: RunConfig) -> dict[str, Any]:
     """Return the keyword arguments of transformers' BitsAndBytesConfig for method "qlora"."""
     return {
@@ -172,7 +186,7 @@ def loading_arguments(config: RunConfig, *, device: str) -> dict[str, Any]:
     """Return the keyword arguments of `from_pretrained`, the quantisation left out."""
     return {
         "dtype": dtype_name(config),
-        "attn_implementation": config.attention,
+        "attn_implementation": loaded_attention(config),
         "device_map": {"": device},
         "use_safetensors": True,
     }

@@ -60,15 +60,28 @@ def batching_of(config: RunConfig) -> str:
     return "grouped" if config.group_by_length else "random"
 
 
-def with_batching(config: RunConfig, name: str) -> RunConfig:
+def with_batching(config: RunConfig, name: str, *, packed_attention: str = "sdpa") -> RunConfig:
     """Return the configuration that trains with one of `BATCHINGS`.
+
+    Args:
+        config: What is changed.
+        name: The batching.
+        packed_attention: What takes the place of "sdpa" where rows are packed.
 
     Raises:
         UsageError: Its trainer cannot.
     """
-    packed = name == "packed"
-    recorded = "off" if packed else config.cuda_graph  # packed rows begin elsewhere every time
-    return config.replace(packing=packed, group_by_length=name == "grouped", cuda_graph=recorded)
+    packed, attention, recorded = name == "packed", config.attention, config.cuda_graph
+    if attention in ("sdpa", "varlen"):
+        attention = packed_attention if packed else "sdpa"
+    if packed and attention != "varlen":
+        recorded = "off"  # packed rows begin elsewhere every time
+    return config.replace(
+        packing=packed,
+        group_by_length=name == "grouped",
+        cuda_graph=recorded,
+        attention=attention,
+    )
 
 
 def random_order(count: int, *, seed: int, epoch: int = 0) -> list[int]:

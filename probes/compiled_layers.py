@@ -20,8 +20,8 @@ def compile_layers(config: RunConfig, layers: Iterable[Any], *, draws: bool) -> 
     Evaluations run the layers as they are: theirs are batches of other sizes without gradients, and
     their programs would use up what dynamo keeps. An epoch's last micro-batch runs so too where it
     has half of the rows or fewer: its compilation would take longer than its pass.
-    Packed micro-batches are of any length, so that dynamo shall give up on them after its usual
-    number.
+    Packed micro-batches that a mask keeps apart are of any length, so that dynamo shall give up on
+    them after its usual number; others are all of one (probes/packed_rows.py).
 
     Checkpointed attention takes the generator's state along on CUDA, for a dropout of zero too.
     Where nothing is drawn it need not; where something is, the state stands in the graph and not

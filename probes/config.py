@@ -28,7 +28,7 @@ FOREIGN_TRAINERS = ("unsloth",)
 METHODS = ("lora", "qlora", "full")
 QUANT_TYPES = ("nf4", "fp4")
 PRECISIONS = ("bf16", "fp16", "fp32")
-ATTENTIONS = ("sdpa", "eager", "flash_attention_2")
+ATTENTIONS = ("sdpa", "eager", "flash_attention_2", "varlen")
 KERNELS = ("none", "liger")
 LOSSES = ("full", "fused", "one_pass")
 ADAPTERS = ("peft", "fused")
@@ -130,7 +130,8 @@ class RunConfig:
         recompute: Of an eager checkpointed layer, "layer": all of it, or "needed": what the
             backward pass needs, all but the last product (`probes/fused_adapter.py`). Compiled
             layers leave that product out by themselves.
-        attention: "sdpa", "eager" or "flash_attention_2".
+        attention: "sdpa", "eager", "flash_attention_2", or of packed rows "varlen": by where each
+            document begins, without a mask (`probes/varlen_attention.py`).
         kernels: "none" or "liger".
         loss: "full" (logits of all tokens at once), "fused" (in tiles, never all at once), or
             "one_pass" (so too, each tile once: `probes/one_pass_head.py`).

@@ -158,13 +158,17 @@ def cuda_semantics(
     from accelerate.utils import memory
     from transformers import masking_utils, modeling_utils
 
+    from lora_advisor.probes import varlen_attention
+
     with contextlib.ExitStack() as stack:
         replace = stack.enter_context
         replace(mock.patch.object(torch.nn.Module, "_apply", _apply))
         # Full rows: a mask of ones only, and documents within a row only where rows are packed;
         # both are decided by values.
-        replace(mock.patch.object(masking_utils, "is_tracing", lambda *_, **__: config.packing))
-        if not config.packing:
+        masked = config.packing and config.attention != varlen_attention.NAME
+        replace(mock.patch.object(masking_utils, "is_tracing", lambda *_, **__: masked))
+        replace(mock.patch.object(varlen_attention, "stands_for_cuda", True))
+        if not masked:
             replace(
                 mock.patch.object(
                     masking_utils, "find_packed_sequence_indices", lambda position_ids: None

@@ -134,6 +134,10 @@ def prepare_model(config: RunConfig, model: PreTrainedModel) -> None:
     model.config.use_cache = False
     if config.fp32_upcast:
         _upcast(config, model)
+    if config.attention == "varlen":
+        from lora_advisor.probes import varlen_attention
+
+        varlen_attention.use_bounds(model)
     if config.embedding == "host":
         keep_on_host(model)
     if config.compile == "layers":
@@ -201,6 +205,10 @@ def _trl_trainer(
         peft_config=None if config.method == "full" else lora_config(config, model),
         callbacks=list(callbacks),
     )
+    if config.attention == "varlen":
+        from lora_advisor.probes.packed_rows import fill_up
+
+        fill_up(trainer, config.seq_len, padding_multiple(config) or 1)
     return trainer
 
 

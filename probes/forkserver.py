@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from lora_advisor.probes import libraries, nvml
-from lora_advisor.probes.architectures import Architecture, attention_of
+from lora_advisor.probes.architectures import Architecture, attentions_of
 from lora_advisor.probes.errors import AdvisorError
 from lora_advisor.probes.trace_batch import Batch, Made, read_traces, write_batch
 
@@ -278,7 +278,7 @@ def _work(files: dict[str, str]) -> int:
         if files["job"] == "trace":
             return trace_batch.answer_batch(request, answer)
         if files["job"] == "attention":
-            answer.write_text(attention_of(pickle.loads(request.read_bytes())), "ascii")
+            answer.write_text(" ".join(attentions_of(pickle.loads(request.read_bytes()))), "ascii")
             return 0
         if files["job"] == "context":
             answer.write_text(str(worker.context_bytes() or ""), "ascii")

@@ -94,7 +94,8 @@ class GraphTrainer(OnePassTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         # The auxiliary loss of a mixture of experts is divided by the step's micro-batches.
         parts = self.current_gradient_accumulation_steps if self.aux_loss_enabled else 0
-        key = (*shape, inputs[SCORED], parts)
+        documents = inputs["cu_seq_lens_q"].numel() if "cu_seq_lens_q" in inputs else 0
+        key = (*shape, inputs[SCORED], parts, documents)
         recorded = self._recorded.pop(key, None)
         if recorded is None:
             recorded = self._make_room_and_record(model, inputs, num_items_in_batch)

@@ -45,6 +45,8 @@ def describe(
         temporaries = _gemm_4bit_temporaries(args, kwargs)
     elif "scaled_dot_product" in name and "backward" in name:
         temporaries = _attention_temporaries(args, kwargs, capability)
+    elif name.startswith("aten::_flash_attention_backward"):
+        temporaries = _varlen_temporaries(args)
     elif name.startswith("aten::_softmax_backward_data"):
         # aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out: tmp = grad * output
         temporaries = (args[0].numel() * args[0].element_size(),)
@@ -101,6 +103,17 @@ def _attention_temporaries(
     return backward_workspace(shapes, kernel)
 
 
+def _varlen_temporaries(args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Workspaces of the kernel for rows of several lengths (flash_api.cpp, `mha_varlen_bwd`).
+
+    Those of the kernel for rows of one length, but for tokens end to end and 128 more a document.
+    """
+    (tokens, heads, width), (_, kv_heads, _) = args[1].shape, args[2].shape
+    padded = tokens + 128 * (args[6].numel() - 1)
+    shapes = ((1, heads, padded, width), (1, kv_heads, tokens, width))
+    return backward_workspace(shapes, "flash")
+
+
 #: Namespaces of questions and notes that a dispatch mode sees beside the operations.
 NO_KERNELS = ("prim", "profiler")
 _VIEWS = (
@@ -154,6 +167,8 @@ def _work(
         return Work(launches=1, bytes_moved=_bytes(args) + _bytes(result))
     if "scaled_dot_product" in short:
         return _attention_work(short, args, kwargs, capability)
+    if short.startswith("_flash_attention"):
+        return _varlen_work("backward" in short, args)
     return Work(launches=1, bytes_moved=_bytes(args) + _bytes(result))
 
 
@@ -192,6 +207,17 @@ def _attention_work(
     if query.element_size() > 2:
         term = "fp32_attention_flops"
     return Work(launches=4 if backward else 1, **{term: flops})
+
+
+def _varlen_work(backward: bool, args: tuple[Any, ...]) -> Work:
+    """Products as in `_attention_work`, of documents half as long as the longest may be.
+
+    How long they are is a matter of values; a probe's rows hold two documents each.
+    """
+    query, longest = (args[1], args[8]) if backward else (args[0], args[5])
+    tokens, heads, width = query.shape
+    product = 2.0 * heads * tokens * (longest / 2) * width / 2
+    return Work(launches=4 if backward else 1, attention_flops=product * (5 if backward else 2))
 
 
 def _bytes(value: Any) -> float:

@@ -62,6 +62,11 @@ def check_combinations(config: RunConfig) -> None:
         raise UsageError(
             "`group_by_length` must be false with `packing`, which leaves no padding to save."
         )
+    if config.attention == "varlen" and not config.packing:
+        raise UsageError(
+            '`attention` must be "sdpa" where rows are not packed, not "varlen": that keeps '
+            "documents of one sequence apart; add --packing."
+        )
     if config.attention == "flash_attention_2" and config.precision == "fp32":
         raise UsageError(
             '`attention` "flash_attention_2" needs precision "bf16" or "fp16": the kernel has '
@@ -138,7 +143,11 @@ def _check_cuda_graph(config: RunConfig) -> None:
     inside = config.optimizer in ("lomo", "adalomo") or config.optimizer.endswith("_layerwise")
     for name, wrong, why in (
         ("loss", config.loss != "one_pass", "other losses read values back within a micro-batch"),
-        ("packing", config.packing, "packed rows begin elsewhere in every micro-batch"),
+        (
+            "packing",
+            config.packing and config.attention != "varlen",
+            'packed rows begin elsewhere in every micro-batch; attention "varlen" takes that',
+        ),
         ("precision", config.precision == "fp16", "its scaler reads the gradients back"),
         ("compile", config.compile == "model", "a compiled model has graphs of its own"),
         ("checkpointing", config.checkpointing == "offload", "what is offloaded moves about"),

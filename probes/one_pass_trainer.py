@@ -6,7 +6,7 @@ sums its metrics are made of. Each time the host waits until the device has done
 the device waits for the host, which has nothing prepared. Here the collator, which has the labels
 on the host, counts the trained tokens, so that their places are found without reading back;
 embeddings in host memory are told the tokens; and the metrics are read when they are logged. Packed
-rows still wait once, for transformers asks where each begins.
+rows still wait once where a mask keeps them apart, for transformers asks where each begins.
 
 What is trained is the same: the same tokens, the same loss, the same gradients.
 """
@@ -97,6 +97,10 @@ class CountingCollator:
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self._collator, name)
+
+    def wrap(self, around: Callable[[Any], Callable[[Any], dict[str, Any]]]) -> None:
+        """Put something around the collator that it counts for."""
+        self._collator = around(self._collator)
 
     def __call__(self, rows: Any) -> dict[str, Any]:
         """Return the batch of some rows."""

@@ -45,6 +45,8 @@ def leave_out_padding_mask(model: Any) -> bool:
 
 
 def _without_mask(decoder: Any, arguments: Any, words: dict[str, Any]) -> Any:
+    if words.get("cu_seq_lens_q") is not None and decoder.config._attn_implementation == "varlen":
+        _ask_nothing(decoder)  # attention is told where packed rows begin
     mask = words.get("attention_mask")
     # One of four dimensions, or one for each kind of layer, says more than what is padding.
     if decoder.training and getattr(mask, "ndim", 0) == 2:
@@ -58,8 +60,8 @@ def _ask_nothing(decoder: Any) -> None:
     """Have transformers not look for packed rows, until the decoder's forward pass ends.
 
     Without a mask it reads the positions back to see whether rows are packed, and the host waits
-    until the device has done all that came before. Positions that the decoder counts itself are of
-    rows that are not.
+    until the device has done all that came before; where they are, it makes a mask. Positions that
+    the decoder counts itself are of rows that are not.
     """
     from transformers import masking_utils
 

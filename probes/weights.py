@@ -14,11 +14,13 @@ from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import (
     Architecture,
     attention_of,
+    attentions_of,
     build_hf_config,
     causal_model_of,
 )
 from lora_advisor.probes.arguments import (
     dtype_name,
+    loaded_attention,
     loading_arguments,
     quantization_arguments,
 )
@@ -119,7 +121,7 @@ def skeleton(
         model = build(
             hf_config,
             dtype=dtype or weights_dtype(config),
-            attn_implementation=config.attention,
+            attn_implementation=loaded_attention(config),
             trust_remote_code=architecture.trust_remote_code,
         )
     model.tie_weights()  # skipped above together with the initial values
@@ -143,6 +145,11 @@ def _require_buildable(config: RunConfig, architecture: Architecture) -> None:
             f"`{architecture.name}` is of model type {architecture.hf_config['model_type']!r}, for "
             "which transformers has no causal language model; give the figures of its language "
             "model alone, where it has one."
+        )
+    if config.attention == "varlen" and attentions_of(architecture)[-1] != "varlen":
+        raise UsageError(
+            f'`attention` must be "sdpa" or "eager" for `{architecture.name}`, not "varlen": its '
+            "layers do not ask for attention in a way that knows where documents begin."
         )
     if config.attention == "sdpa" and attention_of(architecture) != "sdpa":
         raise UsageError(
@@ -277,6 +284,11 @@ def require_packages(config: RunConfig, device: str) -> None:
             raise UnavailableError(
                 '`kernels` "liger" needs the package liger-kernel; install lora-advisor[gpu].'
             )
+    if config.attention == "varlen" and device == "cuda" and config.precision == "fp32":
+        raise UnavailableError(
+            '`attention` "varlen" needs precision "bf16" or "fp16" on a GPU: the kernel has no '
+            "fp32 form."
+        )
     if config.attention == "flash_attention_2":
         if device != "cuda":
             raise UnavailableError('`attention` "flash_attention_2" needs a GPU.')

@@ -79,7 +79,7 @@ def drawn(count: int, seed: int) -> list[RunConfig]:
                 optimizer=pick.choice(("adamw_torch_fused", "paged_adamw_8bit", "adafactor")),
                 precision=pick.choice(("bf16", "fp16", "fp32")),
                 checkpointing=pick.choice(("off", "full", "every_2", "every_5", "offload")),
-                attention=pick.choice(("sdpa", "eager", "flash_attention_2")),
+                attention=pick.choice(("sdpa", "eager", "flash_attention_2", "varlen")),
                 kernels=pick.choice(("none", "liger")),
                 loss=pick.choice(("full", "fused")),
                 fp32_upcast=pick.random() < 0.2,
