@@ -70,7 +70,11 @@ class FilledUp:
             name: torch.cat([batch[name], more[None].to(batch[name].dtype)], dim=1)
             for name, more in filling.items()
         }
-        return {**batch, **filled, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        # TRL counts tokens by the mask; without one it copies a number to the device, which cannot
+        # be recorded as a CUDA graph. No layer sees it (probes/padding_mask.py).
+        mask = (torch.arange(full) < tokens).long()[None]
+        bounds_of_both = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+        return {**batch, **filled, **bounds_of_both, "attention_mask": mask}
 
 
 def fill_up(trainer: Any, seq_len: int, multiple: int) -> None:
@@ -92,7 +96,5 @@ def useful_tokens(inputs: Mapping[str, Any]) -> Any:
     A sum stays where the mask is until somebody reads it: to read it at once would wait for the
     device in every micro-batch.
     """
-    mask, documents = inputs.get("attention_mask"), inputs.get("seq_idx")
-    if mask is not None:
-        return mask.sum()
-    return inputs["input_ids"].numel() if documents is None else (documents >= 0).sum()
+    mask = inputs.get("attention_mask")
+    return inputs["input_ids"].numel() if mask is None else mask.sum()

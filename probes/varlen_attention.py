@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_advisor.probes.padding_mask import leave_out_padding_mask
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -30,6 +32,7 @@ def use_bounds(model: PreTrainedModel) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
+    leave_out_padding_mask(model)  # and no other is made
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
@@ -41,7 +44,6 @@ def attend(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    *,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
@@ -63,10 +65,10 @@ def attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    plain: Any = sdpa_attention_forward
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return,no-untyped-call]
-            module, query, key, value, attention_mask, scaling=scaling, **words
-        )
+        masked = plain(module, query, key, value, attention_mask, scaling=scaling, **words)
+        return masked[0], None
     device = query.device.type
     if torch.is_autocast_enabled(device):  # which does not know the kernel
         dtype = torch.get_autocast_dtype(device)
@@ -83,5 +85,5 @@ def attend(
     for begin, end in zip([0, *ends], ends, strict=False):
         if end > begin:
             parts = (part[:, :, begin:end] for part in (query, key, value))
-            documents.append(sdpa_attention_forward(module, *parts, None, scaling=scaling)[0])
+            documents.append(plain(module, *parts, None, scaling=scaling)[0])
     return torch.cat(documents, dim=1), None

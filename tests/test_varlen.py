@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from exported import recipe
 from tiny_model import save_model
 from tiny_training import config_of
-from transformers import PrinterCallback, set_seed
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, PrinterCallback, set_seed
 
 from lora_advisor.advisor.attention import packed_attention
 from lora_advisor.advisor.epochs import data_report
@@ -118,6 +120,11 @@ def test_it_trains_what_a_mask_keeps_apart(
     )
     assert len(_losses(bounds)) == 5
     assert _losses(bounds) == pytest.approx(_losses(masked), rel=1e-5)
+    counted = [
+        [line["num_tokens"] for line in how.state.log_history if "loss" in line]
+        for how in (bounds, masked)
+    ]
+    assert counted[0] == counted[1]  # what is filled up is not counted
     assert bounds.evaluate()["eval_loss"] == pytest.approx(masked.evaluate()["eval_loss"], rel=1e-5)
     trained = dict(masked.model.named_parameters())
     for name, value in bounds.model.named_parameters():
@@ -133,10 +140,11 @@ def test_a_document_sees_no_other(folder: Path) -> None:
     module = torch.nn.Module()
     vars(module).update(num_key_value_groups=2, is_causal=True)
     bounds = torch.tensor([0, 10, 24, 24, 24], dtype=torch.int32)
-    together, _ = varlen_attention.attend(module, *heads, None, cu_seq_lens_q=bounds)
+    attend: Any = varlen_attention.attend
+    together, _ = attend(module, *heads, None, cu_seq_lens_q=bounds)
 
     apart = [
-        varlen_attention.attend(module, *(part[:, :, begin:end] for part in heads), None)[0]
+        attend(module, *(part[:, :, begin:end] for part in heads), None)[0]
         for begin, end in ((0, 10), (10, 24))
     ]
     torch.testing.assert_close(together, torch.cat(apart, dim=1))
@@ -189,6 +197,37 @@ def test_rows_of_an_evaluation_are_not_filled() -> None:
     assert batch["input_ids"].shape == (1, 17)
     assert batch["cu_seq_lens_q"].tolist() == [0, 10, 17]
     assert useful_tokens({"input_ids": torch.zeros(2, 3)}) == 6
+
+
+def test_a_micro_batch_reads_nothing_back_and_has_no_mask(folder: Path, tmp_path: Path) -> None:
+    trainer = _trained(_config(folder), tmp_path, max_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+    seen: list[str] = []
+    masks: list[Any] = []
+
+    class Watches(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch leaves it untyped
+        """Notes what would make the host wait, or copy from it, within a recording."""
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            name = str(func.name())
+            if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh"):
+                seen.append(name)
+            return func(*args, **(kwargs or {}))
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **words: Any) -> Any:
+        masks.append(mask)
+        assert words["max_length_q"] == 64
+        return query.transpose(1, 2), None
+
+    trainer.model.train()
+    items, watches = torch.tensor(60), Watches()  # type: ignore[no-untyped-call]
+    with mock.patch.dict(AttentionInterface._global_mapping, {"varlen": attend}), watches:
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
+    assert loss.item() > 0
+    assert masks == [None] * len(masks) and masks
+    assert seen == []
 
 
 @pytest.mark.parametrize(
@@ -280,7 +319,7 @@ def test_a_pass_over_packed_rows_has_one_price() -> None:
     assert masked.padding_share == 0
     assert packed.micro_batches == masked.micro_batches
     assert 0 < packed.padding_share < 0.03
-    assert packed.computed_tokens % 12 == 0
+    assert packed.computed_tokens % 16 == 0
     compiled = config.replace(compile="layers")
     (full,) = data_report(data, compiled, None, names=("packed",), packed_attention="varlen")
     assert full.computed_tokens == full.micro_batches * 4 * 96
