@@ -215,7 +215,18 @@ def config_of(options: dict[str, Any]) -> RunConfig:
         _refuse_engine(options["trainer"])  # before its other knobs are found not to go with it
     config = _asked(options)
     _refuse_engine(config.trainer)
+    if config.packing and options["config_file"] is None and options["attention"] is None:
+        return config.replace(attention=_packed_attention(config, options))
     return config
+
+
+def _packed_attention(config: RunConfig, options: dict[str, Any]) -> str:
+    """Return the attention that `plan` would give the packed rows of a configuration."""
+    from lora_advisor.advisor.attention import packed_attention
+
+    machine, _ = machine_of(options)
+    architecture = architecture_of(config.model, options)
+    return packed_attention(architecture, None, machine, config.precision)
 
 
 def _refuse_engine(trainer: str | None) -> None:

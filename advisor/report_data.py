@@ -90,8 +90,21 @@ def data_text(plan: Plan) -> str | None:
         headers = ["batches", "tokens/s without padding", "padding", "steps", "one epoch"]
         parts.append(tabulate(batching_rows(plan), headers=headers, disable_numparse=True))
         if plan.batchings[-1].name == "packed":
-            parts.append("a packed sequence holds several rows, so its steps are fewer and larger")
+            parts.append(_packed_text(plan))
     return "\n\n".join(parts)
+
+
+def _packed_text(plan: Plan) -> str:
+    """Say what packing does to a step, and what effective batch would keep it as it is."""
+    padded, packed = plan.batchings[0].optimizer_steps, plan.batchings[-1].optimizer_steps
+    text = (
+        f"a packed sequence holds {padded / packed:.1f} rows on average, so its steps are fewer "
+        "and larger"
+    )
+    batch = max(1, round(plan.spec.effective_batch * packed / padded))
+    if plan.chosen.config.packing or batch == plan.spec.effective_batch:
+        return text
+    return f"{text}; --packing --batch {batch} keeps about as many rows in a step"
 
 
 def batching_rows(plan: Plan) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lora_advisor.advisor.export_words import settle
 from lora_advisor.advisor.foreign import import_file
 from lora_advisor.advisor.lengths import length_counts
 from lora_advisor.advisor.space import build_space
+from lora_advisor.cli import main
 from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes import varlen_attention
 from lora_advisor.probes.architectures import attentions_of, from_hf_config, resolve_architecture
@@ -267,6 +269,20 @@ def test_a_space_with_packed_rows_has_it_and_graphs(tmp_path: Path) -> None:
     assert with_batching(padded, "packed", packed_attention="varlen") == config
     masked = with_batching(padded, "packed")
     assert (masked.attention, masked.cuda_graph) == ("sdpa", "off")
+
+
+def test_fit_asks_for_packed_rows_as_plan_does(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["fit", "--model", "smollm2-135m", "--seq", "256", "--micro-batch", "8", "--json",
+             "--device", "none", "--no-largest", "--packing"]  # fmt: skip
+    found = {}
+    for words in ((), ("--attention", "sdpa"), ("--gpu", "t4", "--precision", "fp16")):
+        assert main([*asked, *words]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        memory = answer["prediction"]["memory"]
+        found[words] = (answer["config"]["attention"], memory["allocated_bytes"])
+    (own, ours), (_, masked), (older, _) = found.values()
+    assert (own, older) == ("varlen", "sdpa")
+    assert ours < masked
 
 
 def test_what_does_not_go_is_said(folder: Path) -> None:
