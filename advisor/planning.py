@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from lora_advisor.advisor import elsewhere, traces
 from lora_advisor.advisor.arms import short_form
 from lora_advisor.advisor.attention import known_attention, learn_attention
+from lora_advisor.advisor.baseline import baseline_config
 from lora_advisor.advisor.conclusion import conclude, nothing_fits
 from lora_advisor.advisor.front import front
 from lora_advisor.advisor.predictor import Predictor
@@ -31,7 +32,7 @@ from lora_advisor.advisor.savings import with_savings
 from lora_advisor.advisor.scaling import for_all_cards, one_card, set_aside
 from lora_advisor.advisor.search import SearchResult, search
 from lora_advisor.advisor.session import Probe, Say, Session, prober, reuse, run
-from lora_advisor.advisor.space import baseline_config, build_space
+from lora_advisor.advisor.space import build_space
 from lora_advisor.advisor.study_file import check_study_file, get_ready, write_study
 from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.probes.architectures import Architecture, resolve_architecture

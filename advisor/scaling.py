@@ -11,9 +11,9 @@ import dataclasses
 import math
 import statistics
 
+from lora_advisor.advisor.baseline import baseline_config
 from lora_advisor.advisor.pricing import off_by
 from lora_advisor.advisor.session import Session
-from lora_advisor.advisor.space import baseline_config
 from lora_advisor.models.all_reduce import NCCL_BYTES, all_reduce_s, waiting_s
 from lora_advisor.probes import unsloth
 from lora_advisor.probes.batching import Batching

@@ -1,4 +1,4 @@
-"""The legal configurations for a spec and a device, and why each part left out is left out."""
+"""The legal configurations for a spec and a device."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_advisor.advisor.attention import attention, packed_attention
+from lora_advisor.advisor.axes import Axes, adapter_for, axes_of
+from lora_advisor.advisor.left_out import LeftOut, leave_out, why_no_engine, why_not_recorded
 from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.probes import unsloth
-from lora_advisor.probes.architectures import embedding_bytes, has_own_head, resolve_architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import LOSSES, LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.machine import Machine, Stack
-from lora_advisor.probes.randomness import may_draw
 from lora_advisor.probes.spec import Spec
-
-#: From which share of the memory on the input embeddings are worth holding elsewhere.
-_NOTICEABLE = 0.05
 
 
 @dataclass(frozen=True)
@@ -123,65 +119,14 @@ def build_space(
     Raises:
         UsageError: The fixed knobs leave no legal configuration.
     """
-    excluded: list[tuple[str, str]] = []
-    axes: dict[str, tuple[Any, ...]] = {
-        "stage": ("sft",),
-        "trainer": ("trl",),
-        "method": ("lora", "qlora"),
-        "micro_batch": tuple(
-            n for n in range(1, spec.effective_batch + 1) if spec.effective_batch % n == 0
-        ),
-        "optimizer": ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
-        "precision": _precisions(machine, card),
-        "checkpointing": ("full", "every_2", "off", "every_4"),
-        "attention": (_attention(spec, cache, machine),),
-        "kernels": ("none", "liger"),
-        "adapter": ("fused",),
-        "compile": ("off", "layers"),
-        # In every pair of runs on an H100 the recorded one was as fast or faster
-        # (benchmarks/results/cuda_graphs_h100_2026-11-27.json); without, a card has more memory.
-        "cuda_graph": ("micro_batch", "off"),
-        "allocator": _allocators(spec),
-        "embedding": _embeddings(spec, machine),
-        "packing": (False,),
-        "fp32_upcast": (False,),
-    }
-    if spec.objective == "seq_len":
-        axes["seq_len"] = _lengths(spec)
-        axes["micro_batch"] = (1,)
-    _exclude(axes, excluded, machine, stack)
-    engine = None
-    no_engine = _why_no_engine(spec, machine)
-    if spec.fixed.get("trainer") == unsloth.NAME:
-        if no_engine is not None:
-            raise UsageError(f"`--trainer {unsloth.NAME}` cannot be planned for: {no_engine}.")
-        axes.update({knob: (value,) for knob, value in unsloth.AS_IT_IS.items()})
-        # Its probes take a minute and more, so what moves little is not looked at.
-        axes.update({knob: axes[knob][:1] for knob in ("precision", "optimizer")})
-    elif no_engine is not None:
-        excluded.append((f"trainer {unsloth.NAME}", no_engine))
-    else:
-        engine = unsloth.NAME
-    not_recorded = _why_not_recorded(spec, machine)
-    if not_recorded is not None:
-        if spec.fixed.get("cuda_graph", "off") != "off":
-            raise UsageError(
-                f"`--cuda-graph micro_batch` cannot be planned for: {not_recorded}; leave it out."
-            )
-        excluded.append(("cuda_graph micro_batch", not_recorded))
-        axes["cuda_graph"] = ("off",)
-    for knob, value in spec.fixed.items():
-        if knob == "micro_batch" and value < 1:
-            raise UsageError(f"`--micro-batch` must be at least 1 sequence, but got {value}.")
-        if knob == "micro_batch" and spec.effective_batch % value:
-            raise UsageError(
-                f"`--micro-batch` must divide the effective batch, but {value} does not divide "
-                f"{spec.effective_batch}; give --batch {value * -(-spec.effective_batch // value)}."
-            )
-        axes[knob] = (value,)
-        excluded = [item for item in excluded if not item[0].startswith(f"{knob} ")]
+    axes = axes_of(spec, machine, card, cache)
+    excluded = leave_out(axes, machine, stack)
+    engine = _engine(spec, machine, axes, excluded)
+    _graphs(spec, machine, axes, excluded)
+    axes.update(_fixed(spec))
+    excluded = [item for item in excluded if item[0].split(" ")[0] not in spec.fixed]
     if "adapter" not in spec.fixed and spec.fixed.get("trainer") != unsloth.NAME:
-        axes["adapter"] = (_adapter(axes, spec),)
+        axes["adapter"] = (adapter_for(axes, spec),)
     base = {
         "model": spec.model,
         "seq_len": spec.seq_len,
@@ -196,47 +141,46 @@ def build_space(
     return space
 
 
-def _why_not_recorded(spec: Spec, machine: Machine) -> str | None:
-    """Return why micro-batches are not recorded as CUDA graphs; None where they are."""
-    if machine.kind == "cpu":
-        return "it is the GPU that replays it"
-    if spec.dropout > 0:
-        return "the adapter's dropout draws numbers"
-    architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
-    return "the model draws random numbers" if may_draw(architecture.hf_config) else None
-
-
-def _why_no_engine(spec: Spec, machine: Machine) -> str | None:
-    """Return why Unsloth is not tried; None where it is."""
-    architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
-    why = unsloth.why_not(
-        architecture.hf_config.get("model_type"),
-        device=machine.kind,
-        stage=spec.fixed.get("stage", "sft"),
-        gpus=spec.gpus,
-    )
-    if why is not None:
-        return why
-    if spec.fixed.get("method") == "full":
-        return "with it adapters are trained here"
-    for knob, value in spec.fixed.items():
-        free = knob == "trainer" and value == unsloth.NAME
-        legal = unsloth.CHECKPOINTING if knob == "checkpointing" else ()
-        if knob == "allocator" or free or value in legal:
-            continue
-        if unsloth.AS_IT_IS.get(knob, value) != value:
-            return f"`--{knob.replace('_', '-')} {value}` is not its way"
+def _engine(spec: Spec, machine: Machine, axes: Axes, excluded: list[LeftOut]) -> str | None:
+    """Return the other engine that is tried; where it alone is asked for, its axes are set."""
+    why_not = why_no_engine(spec, machine)
+    if spec.fixed.get("trainer") != unsloth.NAME:
+        if why_not is None:
+            return unsloth.NAME
+        excluded.append((f"trainer {unsloth.NAME}", why_not))
+        return None
+    if why_not is not None:
+        raise UsageError(f"`--trainer {unsloth.NAME}` cannot be planned for: {why_not}.")
+    axes.update({knob: (value,) for knob, value in unsloth.AS_IT_IS.items()})
+    # Its probes take a minute and more, so what moves little is not looked at.
+    axes.update({knob: axes[knob][:1] for knob in ("precision", "optimizer")})
     return None
 
 
-def _adapter(axes: Mapping[str, tuple[Any, ...]], spec: Spec) -> str:
-    """Return whose code multiplies with the adapter.
+def _graphs(spec: Spec, machine: Machine, axes: Axes, excluded: list[LeftOut]) -> None:
+    """Leave out micro-batches as CUDA graphs where they cannot be recorded."""
+    why_not = why_not_recorded(spec, machine)
+    if why_not is None:
+        return
+    if spec.fixed.get("cuda_graph", "off") != "off":
+        raise UsageError(
+            f"`--cuda-graph micro_batch` cannot be planned for: {why_not}; leave it out."
+        )
+    excluded.append(("cuda_graph micro_batch", why_not))
+    axes["cuda_graph"] = ("off",)
 
-    The fused one wherever it goes: it computes what peft's does in fewer passes, and was faster in
-    every pair of runs (benchmarks/results/fused_on_h100.json).
-    """
-    goes = spec.dropout == 0 and axes["method"] != ("full",) and "loop" not in axes["trainer"]
-    return "fused" if goes else "peft"
+
+def _fixed(spec: Spec) -> Axes:
+    """Return the axes that the user has fixed, of one value each."""
+    size = spec.fixed.get("micro_batch")
+    if size is not None and size < 1:
+        raise UsageError(f"`--micro-batch` must be at least 1 sequence, but got {size}.")
+    if size is not None and spec.effective_batch % size:
+        raise UsageError(
+            f"`--micro-batch` must divide the effective batch, but {size} does not divide "
+            f"{spec.effective_batch}; give --batch {size * -(-spec.effective_batch // size)}."
+        )
+    return {knob: (value,) for knob, value in spec.fixed.items()}
 
 
 def _contradiction(space: Space, spec: Spec) -> str:
@@ -292,120 +236,3 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "cuda_graph": ("off", "micro_batch"),
     "recompute": ("layer", "needed"),
 }
-
-
-def _allocators(spec: Spec) -> tuple[str, ...]:
-    """Return the allocator's settings, the one first that is taken where both are as fast.
-
-    Rows of a user's data differ in how many of their tokens have a loss, so tensors of the loss
-    differ in size from batch to batch, and segments that do not expand pile up: a training that
-    was to hold 5.2 GiB held 6.4 after an epoch, one whose segments expand what was promised ("sft"
-    and "dpo" in benchmarks/results/train_gsm8k_h100_2026-11-27.json).
-    """
-    plain, expandable = "default", "expandable_segments"
-    return (plain, expandable) if spec.data is None else (expandable, plain)
-
-
-def _embeddings(spec: Spec, machine: Machine) -> tuple[str, ...]:
-    """Return where the input embeddings may be, the place first that is taken where it can matter.
-
-    The host can hold those that are not trained and no head's weight as well. Where they would take
-    a noticeable part of the card it does, and the card is tried around the best.
-    """
-    architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
-    free = has_own_head(architecture) and spec.fixed.get("method") != "full"
-    if machine.kind == "cpu" or not free:
-        return ("device",)
-    limit = spec.vram_bytes - spec.reserve_bytes
-    if embedding_bytes(architecture) < _NOTICEABLE * limit:
-        return ("device",)
-    return ("host", "device")
-
-
-def _lengths(spec: Spec) -> tuple[int, ...]:
-    """Return the sequence lengths that are looked at where the longest is sought.
-
-    From the asked one up in steps of a third to a half, as far as the model's positions go.
-    """
-    architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
-    most = int(architecture.hf_config.get("max_position_embeddings") or 32 * spec.seq_len)
-    lengths, step = [], spec.seq_len
-    while step <= most:
-        lengths += [step, *([step * 3 // 2] if step * 3 // 2 <= most else [])]
-        step *= 2
-    return tuple(lengths or [spec.seq_len])
-
-
-def _attention(spec: Spec, cache: TraceCache | None, machine: Machine | None) -> str:
-    """Return the attention of a model, on a machine where rows may be packed."""
-    architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
-    # Code of the model's own may have changed.
-    cache = None if spec.trust_remote_code else cache
-    if machine is None or not spec.fixed.get("packing"):
-        return attention(architecture, cache)
-    precision = spec.fixed.get("precision", "bf16")
-    return packed_attention(architecture, cache, machine, precision)
-
-
-def _precisions(machine: Machine, card: Card | None) -> tuple[str, ...]:
-    """bf16, then fp16, where the device multiplies in both; fp32 on a CPU, faster there."""
-    if machine.kind == "cpu":
-        return ("fp32",)
-    knows = card.bf16_tflops if card is not None else float(machine.capability or 8) >= 8
-    return ("bf16", "fp16") if knows else ("fp16",)
-
-
-def _exclude(
-    axes: dict[str, tuple[Any, ...]],
-    excluded: list[tuple[str, str]],
-    machine: Machine,
-    stack: Stack,
-) -> None:
-    def leave_out(knob: str, value: str, why: str) -> None:
-        axes[knob] = tuple(v for v in axes[knob] if v != value)
-        excluded.append((f"{knob} {value}", why))
-
-    if machine.kind == "cpu":
-        leave_out("kernels", "liger", "its Triton kernels need a GPU")
-        leave_out("compile", "layers", "on a CPU compiling costs more than it brings")
-        for paged in ("paged_adamw_8bit", "paged_adamw_32bit"):
-            leave_out("optimizer", paged, "paging moves states off a GPU; there is none")
-        leave_out("allocator", "expandable_segments", "it is a setting of the GPU's allocator")
-    elif stack.liger_kernel is None:
-        leave_out("kernels", "liger", "liger-kernel is not installed (lora-advisor[gpu])")
-    if machine.kind == "card":
-        leave_out("compile", "layers", "what compiling gains can only be measured, on the card")
-        if "bf16" in axes["precision"]:
-            leave_out("precision", "fp16", "as fast as bf16 by the figures; measure it there")
-    if stack.trl is None:
-        axes["trainer"] = ("transformers",)
-        excluded.append(("trainer trl", "trl is not installed"))
-
-
-def baseline_config(spec: Spec, precision: str, *, cache: TraceCache | None = None) -> RunConfig:
-    """Return what most tutorials run: Trainer, QLoRA after prepare_model_for_kbit_training, 2 rows.
-
-    Preference pairs have TRL's trainer there. It keeps the user's stage, sequence length, effective
-    batch and adapter.
-    """
-    micro_batch = 2 if spec.effective_batch % 2 == 0 else 1
-    stage = spec.fixed.get("stage", "sft")
-    return RunConfig(
-        model=spec.model,
-        stage=stage,
-        trainer="trl" if stage == "dpo" else "transformers",
-        method="qlora",
-        micro_batch=micro_batch,
-        accumulation=spec.effective_batch // micro_batch,
-        seq_len=spec.seq_len,
-        optimizer="adamw_torch_fused",
-        precision=precision,
-        checkpointing="full",
-        attention=_attention(spec, cache, None),
-        kernels="none",
-        loss="fused" if stage == "dpo" else "full",
-        fp32_upcast=True,
-        lora=LoraShape(r=spec.rank, alpha=spec.alpha, dropout=spec.dropout, targets=spec.targets),
-        compile="off",
-        allocator="default",
-    )

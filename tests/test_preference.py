@@ -15,8 +15,8 @@ from recorded import configure, tiny
 from tiny_model import save_model, save_pairs
 from traced_once import save_figures
 
+from lora_advisor.advisor.baseline import baseline_config
 from lora_advisor.advisor.datafit import summarise_pairs
-from lora_advisor.advisor.space import baseline_config
 from lora_advisor.advisor.time_ahead import promised, seconds_per_token
 from lora_advisor.cli import main
 from lora_advisor.models.replayed import traced_memory

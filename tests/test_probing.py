@@ -13,9 +13,9 @@ from made_up_device import Device, plan_with, speed_of
 from recorded import TINY
 from traced_once import save_figures, share_traces
 
+from lora_advisor.advisor.baseline import baseline_config
 from lora_advisor.advisor.planning import _open
 from lora_advisor.advisor.session import PROOF_STEPS, Session, run
-from lora_advisor.advisor.space import baseline_config
 from lora_advisor.probes import nvml
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import BusyError, StackError, UnavailableError, UsageError

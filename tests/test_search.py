@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from traced_once import save_figures, share_traces
 
+from lora_advisor.advisor.baseline import baseline_config
 from lora_advisor.advisor.planning import NothingFitsError, make_plan
 from lora_advisor.advisor.predictor import Predictor
 from lora_advisor.advisor.search import SearchResult, search
-from lora_advisor.advisor.space import Space, baseline_config, build_space
+from lora_advisor.advisor.space import Space, build_space
 from lora_advisor.models.memory import TRACED_NEEDED_UPPER, graph_bytes
 from lora_advisor.probes.architectures import resolve_architecture
 from lora_advisor.probes.cards import find_card
