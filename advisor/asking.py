@@ -215,18 +215,26 @@ def config_of(options: dict[str, Any]) -> RunConfig:
         _refuse_engine(options["trainer"])  # before its other knobs are found not to go with it
     config = _asked(options)
     _refuse_engine(config.trainer)
-    if config.packing and options["config_file"] is None and options["attention"] is None:
-        return config.replace(attention=_packed_attention(config, options))
+    return _with_attention(config, options) if config.packing else config
+
+
+def _with_attention(config: RunConfig, options: dict[str, Any]) -> RunConfig:
+    """Return the configuration with the attention that `plan` would give its packed rows.
+
+    Raises:
+        UsageError: It names one that cannot be.
+    """
+    from lora_advisor.advisor.attention import packed_attention, why_not_varlen
+
+    architecture, (machine, _) = architecture_of(config.model, options), machine_of(options)
+    if config.attention == "varlen":
+        why_not = why_not_varlen(architecture, None, machine, config.precision)
+        if why_not is not None:
+            raise UsageError(f'`attention` must be "sdpa" here, not "varlen": {why_not}.')
+    elif options["config_file"] is None and options["attention"] is None:
+        attention = packed_attention(architecture, None, machine, config.precision)
+        return config.replace(attention=attention)
     return config
-
-
-def _packed_attention(config: RunConfig, options: dict[str, Any]) -> str:
-    """Return the attention that `plan` would give the packed rows of a configuration."""
-    from lora_advisor.advisor.attention import packed_attention
-
-    machine, _ = machine_of(options)
-    architecture = architecture_of(config.model, options)
-    return packed_attention(architecture, None, machine, config.precision)
 
 
 def _refuse_engine(trainer: str | None) -> None:

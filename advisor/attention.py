@@ -6,7 +6,7 @@ import pickle
 
 from lora_advisor.advisor.trace_cache import TraceCache, key_of
 from lora_advisor.probes.architectures import Architecture, attentions_of
-from lora_advisor.probes.attention_semantics import generation
+from lora_advisor.probes.attention_semantics import why_no_bounds
 from lora_advisor.probes.config import ATTENTIONS
 from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import Machine, detect_stack
@@ -20,14 +20,21 @@ def attention(architecture: Architecture, cache: TraceCache | None) -> str:
 def packed_attention(
     architecture: Architecture, cache: TraceCache | None, machine: Machine, precision: str
 ) -> str:
-    """Return the attention of a model's packed rows on a machine.
+    """Return the attention of a model's packed rows on a machine."""
+    why_not = why_not_varlen(architecture, cache, machine, precision)
+    return _attentions(architecture, cache)[0 if why_not else -1]
 
-    The kernel that takes their bounds needs compute capability 8.0 and 16 bits
-    (flash_attn/flash_api.cpp).
-    """
-    card = precision != "fp32" and generation(machine.capability) >= (8, 0)
-    takes_bounds = machine.kind == "cpu" or card
-    return _attentions(architecture, cache)[-1 if takes_bounds else 0]
+
+def why_not_varlen(
+    architecture: Architecture, cache: TraceCache | None, machine: Machine, precision: str
+) -> str | None:
+    """Return why a model's packed rows cannot be attended to by their bounds; None if they can."""
+    if _attentions(architecture, cache)[-1] != "varlen":
+        return (
+            f"the layers of `{architecture.name}` have windows or masks of their own, or cannot be "
+            "told where documents begin"
+        )
+    return None if machine.kind == "cpu" else why_no_bounds(machine.capability, precision)
 
 
 def known_attention(architecture: Architecture, cache: TraceCache) -> str | None:

@@ -168,4 +168,5 @@ def _batching(epoch: Epoch, prices: dict[int, Interval]) -> Batching:
         useful_tokens=epoch.useful_tokens,
         seconds=seconds,
         tokens_per_s=speed,
+        rows=epoch.rows,
     )

@@ -153,7 +153,6 @@ def common_rules(name: str) -> list[Rule]:
     """Return what neither Axolotl nor LLaMA-Factory can express."""
     return [
         NO_GRAPH,
-        VARLEN,
         ONE_PASS,
         Rule(
             lambda c: c.checkpointing == "unsloth",
@@ -198,6 +197,7 @@ def _whole_alpha(config: RunConfig) -> Any:
 def _rules(recipe: Recipe) -> list[Rule]:
     return [
         *common_rules("Axolotl"),
+        *VARLEN,
         Rule(
             lambda c: c.trainer not in ("trl", "transformers"),
             lambda c: (

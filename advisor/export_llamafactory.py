@@ -115,6 +115,10 @@ def _data_comment(recipe: Recipe, config: RunConfig) -> str:
     )
 
 
+def _unpacked(config: RunConfig) -> str:
+    return "sdpa" if config.attention == "varlen" else config.attention
+
+
 def _rules(recipe: Recipe) -> list[Rule]:
     return [
         *common_rules("LLaMA-Factory"),
@@ -126,7 +130,7 @@ def _rules(recipe: Recipe) -> list[Rule]:
         Rule(
             lambda c: c.stage == "sft" and c.packing and c.trainer == "trl",
             # The file packs all the same; only our words for the trainer's step have no packing.
-            lambda c: {"packing": False},
+            lambda c: {"packing": False, "attention": _unpacked(c)},
             "Rows are packed by LLaMA-Factory's own `neat_packing`, not TRL's: as many tokens in a "
             "step, another order of rows.",
         ),

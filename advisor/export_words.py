@@ -79,12 +79,20 @@ NO_GRAPH = Rule(
     "Micro-batches are not recorded as CUDA graphs, which is lora-advisor's own: a busy host slows "
     "them down.",
 )
-#: PyTorch's own kernel for packed rows is called by lora-advisor's code alone.
-VARLEN = Rule(
-    lambda c: c.attention == "varlen",
-    lambda c: {"attention": "sdpa" if c.precision == "fp32" else "flash_attention_2"},
-    "What keeps packed rows apart without a mask is lora-advisor's own: FlashAttention computes "
-    "the same in 16 bits, and needs the package flash-attn.",
+#: What calls PyTorch's kernel for packed rows is lora-advisor's own: what takes its place.
+VARLEN = (
+    Rule(
+        lambda c: c.attention == "varlen" and c.precision != "fp32",
+        lambda c: {"attention": "flash_attention_2"},
+        "What keeps packed rows apart without a mask is lora-advisor's own: FlashAttention "
+        "computes the same, and needs the package flash-attn.",
+    ),
+    Rule(
+        lambda c: c.attention == "varlen",
+        lambda c: {"attention": "sdpa"},
+        "What keeps packed rows apart without a mask is lora-advisor's own: a mask is made, which "
+        "grows with the square of a micro-batch's tokens.",
+    ),
 )
 #: Only lora-advisor's own code can take the loss in one pass.
 ONE_PASS = Rule(

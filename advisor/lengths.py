@@ -2,8 +2,9 @@
 
 Both trainers pad a micro-batch to its longest row and on to a multiple (`padding_multiple` of
 probes/arguments.py), not to the sequence length (`Collator` of probes/collator.py,
-DataCollatorForLanguageModeling of TRL), unless layers are compiled. Packed rows are not padded at
-all: TRL lays those of a micro-batch end to end. A pair is two sequences, and all of a micro-batch
+DataCollatorForLanguageModeling of TRL), unless layers are compiled. TRL lays the packed rows of a
+micro-batch end to end, and all of them are filled up to a multiple if anything is
+(probes/packed_rows.py). A pair is two sequences, and all of a micro-batch
 are padded to its longest one (DataCollatorForPreference of TRL).
 """
 
@@ -43,6 +44,7 @@ class Epoch:
         useful_tokens: Tokens of the rows.
         histogram: Tokens that a micro-batch computes, padding included, and how many micro-batches
             do so, fewest first.
+        rows: Rows that the micro-batches are made of; packed ones are fewer.
         sequences: Sequences that a row makes: 2 for a pair.
     """
 
@@ -51,6 +53,7 @@ class Epoch:
     accumulation: int
     useful_tokens: int
     histogram: tuple[tuple[int, int], ...]
+    rows: int
     sequences: int = 1
 
     @property
@@ -142,6 +145,7 @@ def epoch_of(
         accumulation=accumulation,
         useful_tokens=useful,
         histogram=tuple(zip(values.tolist(), counts.tolist(), strict=True)),
+        rows=len(rows),
         sequences=sequences,
     )
 

@@ -96,15 +96,14 @@ def data_text(plan: Plan) -> str | None:
 
 def _packed_text(plan: Plan) -> str:
     """Say what packing does to a step, and what effective batch would keep it as it is."""
-    padded, packed = plan.batchings[0].optimizer_steps, plan.batchings[-1].optimizer_steps
-    text = (
-        f"a packed sequence holds {padded / packed:.1f} rows on average, so its steps are fewer "
-        "and larger"
-    )
-    batch = max(1, round(plan.spec.effective_batch * packed / padded))
+    rows, packed = plan.batchings[0].rows, plan.batchings[-1].rows
+    if rows is None or packed is None:
+        return "a packed sequence holds several rows, so its steps are fewer and larger"
+    text = f"a packed sequence holds {rows / packed:.1f} rows on average: fewer, larger steps"
+    batch = max(1, round(plan.spec.effective_batch * packed / rows))
     if plan.chosen.config.packing or batch == plan.spec.effective_batch:
         return text
-    return f"{text}; --packing --batch {batch} keeps about as many rows in a step"
+    return f"{text}; with --packing --batch {batch} a step has about as many rows as it has now"
 
 
 def batching_rows(plan: Plan) -> list[list[str]]:

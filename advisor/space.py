@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_advisor.advisor.attention import why_not_varlen
 from lora_advisor.advisor.axes import Axes, adapter_for, axes_of
 from lora_advisor.advisor.left_out import LeftOut, leave_out, why_no_engine, why_not_recorded
 from lora_advisor.advisor.trace_cache import TraceCache
 from lora_advisor.probes import unsloth
+from lora_advisor.probes.architectures import resolve_architecture
 from lora_advisor.probes.cards import Card
 from lora_advisor.probes.config import LOSSES, LoraShape, RunConfig
 from lora_advisor.probes.errors import UsageError
@@ -124,6 +126,8 @@ def build_space(
     engine = _engine(spec, machine, axes, excluded)
     _graphs(spec, machine, axes, excluded)
     axes.update(_fixed(spec))
+    if spec.fixed.get("attention") == "varlen":
+        _check_varlen(spec, machine, axes, cache)
     excluded = [item for item in excluded if item[0].split(" ")[0] not in spec.fixed]
     if "adapter" not in spec.fixed and spec.fixed.get("trainer") != unsloth.NAME:
         axes["adapter"] = (adapter_for(axes, spec),)
@@ -170,6 +174,15 @@ def _graphs(spec: Spec, machine: Machine, axes: Axes, excluded: list[LeftOut]) -
     axes["cuda_graph"] = ("off",)
 
 
+def _check_varlen(spec: Spec, machine: Machine, axes: Axes, cache: TraceCache | None) -> None:
+    """Refuse attention by bounds where this model or this card cannot have it."""
+    architecture = resolve_architecture(spec.model, trust_remote_code=spec.trust_remote_code)
+    cache = None if spec.trust_remote_code else cache
+    why_not = why_not_varlen(architecture, cache, machine, axes["precision"][0])
+    if why_not is not None:
+        raise UsageError(f"`--attention varlen` cannot be planned for: {why_not}; leave it out.")
+
+
 def _fixed(spec: Spec) -> Axes:
     """Return the axes that the user has fixed, of one value each."""
     size = spec.fixed.get("micro_batch")
@@ -200,6 +213,8 @@ def _contradiction(space: Space, spec: Spec) -> str:
             options = {knob: _VALUES[knob] for knob in given_up if knob in _VALUES}
             if len(options) < count:
                 continue
+            if "packing" in given_up and "attention" not in spec.fixed:
+                options["attention"] = ("sdpa",)  # what packed rows have is for them alone
             changed = dataclasses.replace(space, axes={**space.axes, **options})
             legal = next(changed.configs(), None)
             if legal is not None:

@@ -251,27 +251,49 @@ def attention_of(architecture: Architecture) -> str:
 
 
 def attentions_of(architecture: Architecture) -> tuple[str, ...]:
-    """Return what a model's rows may be attended with, and last what suits packed rows best.
-
-    "varlen" needs layers that hand on to their attention what they are not asked for themselves
-    (transformers' `_supports_attention_backend`), keys as wide as values and at most the kernel's
-    256 numbers, and no windows or chunks: those are left to masks.
-    """
+    """Return what a model's rows may be attended with, and last what suits packed rows best."""
     plain = attention_of(architecture)
-    text = build_hf_config(architecture).get_text_config()
-    own = getattr(causal_model_of(architecture), "_supports_attention_backend", False)
-    if plain != "sdpa" or not own:
-        return (plain,)
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    full, windowed = "full_attention", "sliding_attention"
-    kinds = set(getattr(text, "layer_types", None) or ())
-    window = getattr(text, "sliding_window", None)
-    if window and not getattr(text, "use_sliding_window", True):
-        window = None
-    short = window and window < text.max_position_embeddings
-    masked = short or kinds - ({full} if window is None else {full, windowed})
-    latent = hasattr(text, "v_head_dim") or getattr(text, "attention_chunk_size", None)
-    return (plain,) if width > 256 or masked or latent else (plain, "varlen")
+    return (plain, "varlen") if plain == "sdpa" and takes_bounds(architecture) else (plain,)
+
+
+def takes_bounds(architecture: Architecture) -> bool:
+    """Whether a model's attention can be told where each document of a packed row begins.
+
+    Its layers must hand on to their attention what they are not asked for themselves (transformers'
+    `_supports_attention_backend`), be causal, and add no mask of their own. The kernel takes heads
+    of at most 256 numbers, a multiple of 8, with keys as wide as values. Windows and chunks are
+    left to masks. A configuration that does not say, or says it layer by layer, is not taken.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    config = build_hf_config(architecture)
+    text: Any = config.get_text_config()
+    figures = text.to_dict()
+    width = figures.get("head_dim")
+    if width is None and figures.get("num_attention_heads"):
+        width = figures.get("hidden_size", 0) // figures["num_attention_heads"]
+    if not isinstance(width, int) or not 0 < width <= 256 or width % 8:
+        return False
+    window = figures.get("sliding_window") if figures.get("use_sliding_window", True) else None
+    longest = figures.get("max_position_embeddings") or 0
+    if not longest:
+        return False
+    masked: Any = AutoModelForMaskedLM._model_mapping  # encoders, which see both ways
+    kinds = {"full_attention", *(["sliding_attention"] if window and window >= longest else [])}
+    return (
+        getattr(causal_model_of(architecture), "_supports_attention_backend", False)
+        and figures["model_type"] not in _OWN_MASKS
+        and type(config) not in masked
+        and not config.is_encoder_decoder
+        and "v_head_dim" not in figures
+        and not figures.get("attention_chunk_size")
+        and not (window and window < longest)
+        and set(figures.get("layer_types") or ()) <= kinds
+    )
+
+
+#: Model types whose layers put a mask of their own on every row (modeling_doge.py).
+_OWN_MASKS = ("doge",)
 
 
 def causal_model_of(architecture: Architecture) -> Any:

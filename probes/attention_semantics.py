@@ -28,6 +28,22 @@ def generation(capability: str | None) -> tuple[int, int]:
     return int(major), int(minor or 0)
 
 
+def why_no_bounds(capability: str | None, precision: str) -> str | None:
+    """Return why no kernel takes the bounds of packed rows; None where one does.
+
+    flash_attn/flash_api.cpp, `mha_varlen_fwd`.
+
+    Args:
+        capability: Of the card.
+        precision: The one that is multiplied in.
+    """
+    if precision == "fp32":
+        return "the kernel has no fp32 form"
+    if generation(capability) < (8, 0):
+        return "the kernel needs compute capability 8.0"
+    return None
+
+
 def kernel_of(
     shapes: tuple[tuple[int, ...], tuple[int, ...]],
     dtype: torch.dtype,
@@ -67,9 +83,9 @@ def backward_workspace(
 
     cuDNN takes one block: the queries' gradient in fp32, one fp32 number a query, and, where heads
     are grouped, keys' and values' gradients for every query head. FlashAttention takes the same in
-    blocks of their own, lengths rounded to 128 and widths to 32. The memory-efficient kernel takes
-    one fp32 number a query and sums the gradients in fp32, those of keys and values only where a
-    head is too wide for registers (`kOutputInRF`).
+    blocks of their own, lengths rounded to 128 and widths to 32, above 128 to 64. The
+    memory-efficient kernel takes one fp32 number a query and sums the gradients in fp32, those of
+    keys and values only where a head is too wide for registers (`kOutputInRF`).
     """
     (batch, heads, length, width), (_, kv_heads, kv_length, _) = shapes
     grouped = heads != kv_heads
@@ -78,7 +94,8 @@ def backward_workspace(
         return (queries + (batch * heads * kv_length * width * 4 if grouped else 0) + 512,)
     if kernel == "flash":
         rounded = -(-length // 128) * 128
-        wide = 256 if width > 192 else -(-width // 32) * 32
+        step = 32 if width <= 128 else 64
+        wide = -(-width // step) * step
         own = (batch * heads * rounded * 4, batch * heads * rounded * wide * 4)
         return own + (batch * heads * kv_length * width * 2,) * (2 if grouped else 0)
     sums = 3 if width > 64 else 1

@@ -29,6 +29,7 @@ class Batching:
         useful_tokens: The same without padding.
         seconds: Time of a pass; None where it is not known.
         tokens_per_s: Tokens without padding per second; None likewise.
+        rows: Rows that the micro-batches are made of, packed ones of several; None in older plans.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Batching:
     useful_tokens: int
     seconds: Interval | None = None
     tokens_per_s: Interval | None = None
+    rows: int | None = None
 
     @property
     def padding_share(self) -> float:

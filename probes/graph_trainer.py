@@ -72,6 +72,8 @@ class GraphTrainer(OnePassTrainer):
     def __init__(self, model: Any, args: Any, **kwargs: Any) -> None:
         """Take what SFTTrainer takes, of a model whose rows are padded on the right."""
         lengths = -(-args.max_length // (args.pad_to_multiple_of or args.max_length))
+        if args.packing:  # how full they are differs by an eighth or so (probes/packed_rows.py)
+            lengths = 2
         self.sizes = max(1, _MOST // lengths)
         leave_out_padding_mask(model)  # a recording would take another path through the masks
         super().__init__(model, args, **kwargs)

@@ -16,7 +16,7 @@ import torch
 
 #: Documents of a sequence that there is room for in any case. The kernel's backward pass takes
 #: 128 rows of fp32 sums more for each (flash_api.cpp, `mha_varlen_bwd`), so that memory is the same
-#: whether a probe's rows hold two documents or a training's hold eight.
+#: whether a probe's rows hold two documents or a training's hold eight; more of them take more.
 DOCUMENTS = 8
 
 

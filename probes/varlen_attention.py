@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_advisor.probes.errors import UnavailableError
 from lora_advisor.probes.padding_mask import leave_out_padding_mask
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ def attend(
     if cu_seq_lens_q is None:
         masked = plain(module, query, key, value, attention_mask, scaling=scaling, **words)
         return masked[0], None
+    if attention_mask is not None:
+        raise UnavailableError(
+            '`attention` must be "sdpa" for this model, not "varlen": its layers mask rows '
+            "themselves."
+        )
     device = query.device.type
     if torch.is_autocast_enabled(device):  # which does not know the kernel
         dtype = torch.get_autocast_dtype(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lora_advisor.probes import unsloth
+from lora_advisor.probes import nvml, unsloth
 from lora_advisor.probes.architectures import (
     Architecture,
     attention_of,
@@ -24,6 +24,7 @@ from lora_advisor.probes.arguments import (
     loading_arguments,
     quantization_arguments,
 )
+from lora_advisor.probes.attention_semantics import why_no_bounds
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import MissingInputError, UnavailableError, UsageError
 
@@ -149,7 +150,7 @@ def _require_buildable(config: RunConfig, architecture: Architecture) -> None:
     if config.attention == "varlen" and attentions_of(architecture)[-1] != "varlen":
         raise UsageError(
             f'`attention` must be "sdpa" or "eager" for `{architecture.name}`, not "varlen": its '
-            "layers do not ask for attention in a way that knows where documents begin."
+            "layers have windows or masks of their own, or cannot be told where documents begin."
         )
     if config.attention == "sdpa" and attention_of(architecture) != "sdpa":
         raise UsageError(
@@ -284,11 +285,12 @@ def require_packages(config: RunConfig, device: str) -> None:
             raise UnavailableError(
                 '`kernels` "liger" needs the package liger-kernel; install lora-advisor[gpu].'
             )
-    if config.attention == "varlen" and device == "cuda" and config.precision == "fp32":
-        raise UnavailableError(
-            '`attention` "varlen" needs precision "bf16" or "fp16" on a GPU: the kernel has no '
-            "fp32 form."
-        )
+    if config.attention == "varlen" and device == "cuda":
+        why_not = why_no_bounds(nvml.capability(), config.precision)
+        if why_not is not None:
+            raise UnavailableError(
+                f'`attention` must be "sdpa" on this GPU, not "varlen": {why_not}.'
+            )
     if config.attention == "flash_attention_2":
         if device != "cuda":
             raise UnavailableError('`attention` "flash_attention_2" needs a GPU.')

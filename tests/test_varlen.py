@@ -29,12 +29,12 @@ from lora_advisor.advisor.lengths import length_counts
 from lora_advisor.advisor.space import build_space
 from lora_advisor.cli import main
 from lora_advisor.models.replayed import traced_memory
-from lora_advisor.probes import varlen_attention
+from lora_advisor.probes import nvml, varlen_attention
 from lora_advisor.probes.architectures import attentions_of, from_hf_config, resolve_architecture
 from lora_advisor.probes.batching import with_batching
 from lora_advisor.probes.cards import find_card
 from lora_advisor.probes.config import LoraShape, RunConfig
-from lora_advisor.probes.errors import UnavailableError, UsageError
+from lora_advisor.probes.errors import DataError, UnavailableError, UsageError
 from lora_advisor.probes.extend import trace_all_layers
 from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
 from lora_advisor.probes.machine import GIB, cpu_machine, detect_stack
@@ -246,6 +246,36 @@ def test_who_can_be_told_of_bounds(model: str, attentions: tuple[str, ...]) -> N
     assert attentions_of(resolve_architecture(model)) == attentions
 
 
+def test_every_model_type_of_transformers_is_judged_and_never_fails() -> None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    judged = {}
+    for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            figures = from_hf_config(kind, AutoConfig.for_model(kind).to_dict())
+        except (DataError, ValueError):
+            continue  # its defaults are no model
+        judged[kind] = attentions_of(figures)[-1] == "varlen"
+    assert len(judged) > 100
+    assert all(judged[kind] for kind in ("llama", "qwen2", "qwen3", "mixtral", "gpt2", "olmo2"))
+    others = ("bert", "roberta", "doge", "gemma4_text", "recurrent_gemma", "deepseek_v3", "gpt_oss",
+              "gemma3_text", "qwen3_next", "bloom", "modernbert-decoder")  # fmt: skip
+    assert not any(judged[kind] for kind in others)
+
+
+def test_heads_that_the_kernel_does_not_take_keep_the_mask() -> None:
+    llama = dict(resolve_architecture("llama-3.2-1b").hf_config, head_dim=100)
+    assert attentions_of(from_hf_config("odd", llama)) == ("sdpa",)
+
+
+def test_a_mask_of_a_models_own_is_not_overlooked() -> None:
+    attend: Any = varlen_attention.attend
+    part, bounds = torch.zeros(1, 2, 4, 8), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(UnavailableError, match="its layers mask rows themselves"):
+        attend(torch.nn.Module(), part, part, part, torch.zeros(4, 4), cu_seq_lens_q=bounds)
+
+
 def test_cards_before_ampere_and_fp32_keep_the_mask() -> None:
     llama, gemma = resolve_architecture("llama-3.2-1b"), resolve_architecture("gemma-3-1b")
     ada, turing = find_card("rtx-4060").machine(), find_card("t4").machine()
@@ -285,14 +315,35 @@ def test_fit_asks_for_packed_rows_as_plan_does(capsys: pytest.CaptureFixture[str
     assert ours < masked
 
 
-def test_what_does_not_go_is_said(folder: Path) -> None:
+def test_what_does_not_go_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match='must be "sdpa" where rows are not packed'):
         _config(folder, packing=False)
     with pytest.raises(UnavailableError, match="the kernel has no fp32 form"):
         require_packages(_config(folder), "cuda")
+    monkeypatch.setattr(nvml, "capability", lambda: "7.5")
+    with pytest.raises(UnavailableError, match="the kernel needs compute capability 8.0"):
+        require_packages(_config(folder, precision="fp16"), "cuda")
     gemma = resolve_architecture("gemma-3-1b")
-    with pytest.raises(UsageError, match="its layers do not ask for attention in a way"):
+    with pytest.raises(UsageError, match="its layers have windows or masks of their own"):
         trace_all_layers(_config("gemma-3-1b", precision="bf16"), gemma, capability="8.9")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--gpu", "t4", "--precision", "fp16"], "the kernel needs compute capability 8.0"),
+        (["--gpu", "rtx-4060", "--precision", "fp32"], "the kernel has no fp32 form"),
+        (["--gpu", "rtx-4060", "--model", "gemma-3-1b"], "have windows or masks of their own"),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "fit"])
+def test_a_card_or_a_model_that_cannot_is_told_so(
+    command: str, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--model", "llama-3.2-1b", "--device", "none", "--packing", "--attention", "varlen"]
+    assert main([command, *asked, *words]) == 64
+    said = capsys.readouterr().err.strip().splitlines()
+    assert sentence in said[-1]
 
 
 def _traced(**changes: Any) -> tuple[int, Any]:
@@ -357,7 +408,7 @@ def test_a_script_keeps_packed_rows_apart_and_is_read_back(tmp_path: Path) -> No
     ("target", "attention", "packing"),
     [
         (AXOLOTL, "flash_attention_2", True),
-        (LLAMAFACTORY, "flash_attention_2", False),
+        (LLAMAFACTORY, "sdpa", False),
         (UNSLOTH, "sdpa", True),
         (TRANSFORMERS, "sdpa", False),
     ],
