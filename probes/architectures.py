@@ -269,20 +269,19 @@ def takes_bounds(architecture: Architecture) -> bool:
     config = build_hf_config(architecture)
     text: Any = config.get_text_config()
     figures = text.to_dict()
-    width = figures.get("head_dim")
-    if width is None and figures.get("num_attention_heads"):
-        width = figures.get("hidden_size", 0) // figures["num_attention_heads"]
-    if not isinstance(width, int) or not 0 < width <= 256 or width % 8:
+    hidden, heads, longest = (
+        figures.get(text.attribute_map.get(name, name)) or 0
+        for name in ("hidden_size", "num_attention_heads", "max_position_embeddings")
+    )
+    width = figures.get("head_dim") or (hidden // heads if heads else None)
+    if not longest or not isinstance(width, int) or width > 256 or width % 8:
         return False
     window = figures.get("sliding_window") if figures.get("use_sliding_window", True) else None
-    longest = figures.get("max_position_embeddings") or 0
-    if not longest:
-        return False
     masked: Any = AutoModelForMaskedLM._model_mapping  # encoders, which see both ways
     kinds = {"full_attention", *(["sliding_attention"] if window and window >= longest else [])}
     return (
         getattr(causal_model_of(architecture), "_supports_attention_backend", False)
-        and figures["model_type"] not in _OWN_MASKS
+        and figures["model_type"] not in _NOT_TOLD
         and type(config) not in masked
         and not config.is_encoder_decoder
         and "v_head_dim" not in figures
@@ -292,8 +291,8 @@ def takes_bounds(architecture: Architecture) -> bool:
     )
 
 
-#: Model types whose layers put a mask of their own on every row (modeling_doge.py).
-_OWN_MASKS = ("doge",)
+#: Model types whose layers mask every row themselves (modeling_doge.py), or see both ways.
+_NOT_TOLD = ("doge", "bert-generation")
 
 
 def causal_model_of(architecture: Architecture) -> Any:

@@ -247,6 +247,7 @@ def test_who_can_be_told_of_bounds(model: str, attentions: tuple[str, ...]) -> N
 
 
 def test_every_model_type_of_transformers_is_judged_and_never_fails() -> None:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -254,7 +255,7 @@ def test_every_model_type_of_transformers_is_judged_and_never_fails() -> None:
     for kind in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             figures = from_hf_config(kind, AutoConfig.for_model(kind).to_dict())
-        except (DataError, ValueError):
+        except (DataError, ValueError, StrictDataclassError):
             continue  # its defaults are no model
         judged[kind] = attentions_of(figures)[-1] == "varlen"
     assert len(judged) > 100
@@ -321,7 +322,7 @@ def test_what_does_not_go_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UnavailableError, match="the kernel has no fp32 form"):
         require_packages(_config(folder), "cuda")
     monkeypatch.setattr(nvml, "capability", lambda: "7.5")
-    with pytest.raises(UnavailableError, match="the kernel needs compute capability 8.0"):
+    with pytest.raises(UnavailableError, match="the kernel needs compute capability"):
         require_packages(_config(folder, precision="fp16"), "cuda")
     gemma = resolve_architecture("gemma-3-1b")
     with pytest.raises(UsageError, match="its layers have windows or masks of their own"):
