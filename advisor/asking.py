@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_advisor.advisor.knobs import DEFAULT_BATCH, KNOBS
-from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import Architecture, resolve_architecture
 from lora_advisor.probes.cards import Card, card_of, find_card
 from lora_advisor.probes.config import FOREIGN_TRAINERS, LoraShape, RunConfig
@@ -20,7 +19,6 @@ from lora_advisor.probes.cutting import check_long_rows
 from lora_advisor.probes.errors import (
     DataError,
     MissingInputError,
-    StackError,
     UnavailableError,
     UsageError,
 )
@@ -29,10 +27,9 @@ from lora_advisor.probes.machine import (
     Machine,
     Stack,
     detect_machine,
-    detect_stack,
     gpu_present,
 )
-from lora_advisor.probes.plan import DataSummary, Plan
+from lora_advisor.probes.plan import DataSummary
 from lora_advisor.probes.prices import Price, read_prices
 from lora_advisor.probes.spec import Spec
 
@@ -282,35 +279,3 @@ def _asked(options: dict[str, Any]) -> RunConfig:
         lora=None if values["method"] == "full" else shape,
         **values,
     )
-
-
-def training_device(made: Plan, *, ignore: bool) -> str:
-    """Return the device a plan is for, here; refuse a plan of another machine or stack."""
-
-    stack = detect_stack()
-    # A process with another engine's packages goes on for one that has compared.
-    if made.stack != stack and not ignore and not unsloth.is_here():
-        changed = [
-            f"{name} {old or 'missing'} there, {getattr(stack, name) or 'missing'} here"
-            for name, old in made.stack.to_json().items()
-            if old != getattr(stack, name)
-        ]
-        raise StackError(
-            f"the plan was made with another stack ({'; '.join(changed)}): plan again, or give "
-            "--ignore-stack."
-        )
-    if made.machine.kind == "card":
-        device = check_device("auto")
-        if device == "none":
-            raise StackError(
-                f"the plan is for an {made.machine.name}, but no GPU is here; plan with --device "
-                "cpu."
-            )
-        return device
-    device = check_device(made.machine.kind)
-    if detect_machine(device) != made.machine and not ignore:
-        raise StackError(
-            f"the plan was made on another machine ({made.machine.name}): plan again, or give "
-            "--ignore-stack."
-        )
-    return device

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pickle
 
 from lora_advisor.advisor.trace_cache import TraceCache, key_of
-from lora_advisor.probes.architectures import Architecture, attentions_of
+from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.attention_semantics import why_no_bounds
 from lora_advisor.probes.config import ATTENTIONS
 from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import Machine, detect_stack
+from lora_advisor.probes.packed_models import attentions_of
 
 
 def attention(architecture: Architecture, cache: TraceCache | None) -> str:

@@ -296,7 +296,7 @@ def plan_words(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_plan(plan: Plan | Path | str, *, ignore_stack: bool) -> Plan:
-    from lora_advisor.advisor.asking import training_device
+    from lora_advisor.advisor.same_place import training_device
     from lora_advisor.probes.plan import read_plan
 
     made = read_plan(Path(plan)) if isinstance(plan, Path | str) else plan

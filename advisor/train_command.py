@@ -115,8 +115,8 @@ def train(plan_file: Path, **options: Any) -> int:  # fmt: skip
 
 def _train(plan_file: Path, options: dict[str, Any], launch: Launch) -> int:
     """Train as one of the processes that a launcher has started, mostly the only one."""
-    from lora_advisor.advisor.asking import training_device
     from lora_advisor.advisor.launched import forget_precision, shared_config, take_own_card
+    from lora_advisor.advisor.same_place import training_device
     from lora_advisor.probes import unsloth
     from lora_advisor.probes.plan import read_plan
 

@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from lora_advisor.probes import libraries, nvml
-from lora_advisor.probes.architectures import Architecture, attentions_of
+from lora_advisor.probes.architectures import Architecture
 from lora_advisor.probes.errors import AdvisorError
+from lora_advisor.probes.packed_models import attentions_of
 from lora_advisor.probes.trace_batch import Batch, Made, read_traces, write_batch
 
 _LOG = logging.getLogger(__name__)

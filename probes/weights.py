@@ -14,7 +14,6 @@ from lora_advisor.probes import nvml, unsloth
 from lora_advisor.probes.architectures import (
     Architecture,
     attention_of,
-    attentions_of,
     build_hf_config,
     causal_model_of,
 )
@@ -27,6 +26,7 @@ from lora_advisor.probes.arguments import (
 from lora_advisor.probes.attention_semantics import why_no_bounds
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import MissingInputError, UnavailableError, UsageError
+from lora_advisor.probes.packed_models import attentions_of
 
 if TYPE_CHECKING:
     import torch

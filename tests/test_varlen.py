@@ -30,7 +30,7 @@ from lora_advisor.advisor.space import build_space
 from lora_advisor.cli import main
 from lora_advisor.models.replayed import traced_memory
 from lora_advisor.probes import nvml, varlen_attention
-from lora_advisor.probes.architectures import attentions_of, from_hf_config, resolve_architecture
+from lora_advisor.probes.architectures import from_hf_config, resolve_architecture
 from lora_advisor.probes.batching import with_batching
 from lora_advisor.probes.cards import find_card
 from lora_advisor.probes.config import LoraShape, RunConfig
@@ -38,6 +38,7 @@ from lora_advisor.probes.errors import DataError, UnavailableError, UsageError
 from lora_advisor.probes.extend import trace_all_layers
 from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
 from lora_advisor.probes.machine import GIB, cpu_machine, detect_stack
+from lora_advisor.probes.packed_models import attentions_of
 from lora_advisor.probes.packed_rows import FilledUp, useful_tokens
 from lora_advisor.probes.plan import DataSummary
 from lora_advisor.probes.spec import Spec
