@@ -11,6 +11,7 @@ Where rows are not packed (evaluation, generation) attention is that of "sdpa".
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,6 +47,7 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int = 0,
     **words: Any,
@@ -59,17 +61,15 @@ def attend(
         value: Likewise.
         attention_mask: For rows that are not packed.
         scaling: Of the scores.
+        dropout: Share of the probabilities set to zero.
         cu_seq_lens_q: Where each document begins and the last ends, int32; None where rows are not
             packed.
         max_length_q: Tokens that no document exceeds.
         words: What else transformers tells its attention functions.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    plain: Any = sdpa_attention_forward
     if cu_seq_lens_q is None:
-        masked = plain(module, query, key, value, attention_mask, scaling=scaling, **words)
-        return masked[0], None
+        words |= {"scaling": scaling, "dropout": dropout}
+        return _plain(module, query, key, value, attention_mask, **words), None
     if attention_mask is not None:
         raise UnavailableError(
             '`attention` must be "sdpa" for this model, not "varlen": its layers mask rows '
@@ -83,13 +83,21 @@ def attend(
         rows = (part.transpose(1, 2)[0] for part in (query, key, value))
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         output = torch.ops.aten._flash_attention_forward(
-            *rows, *bounds, 0.0, True, False, scale=scaling
+            *rows, *bounds, dropout, True, False, scale=scaling
         )[0]
         return output[None], None
-    ends = [end for end in cu_seq_lens_q.tolist() if end > 0]
     documents = []
-    for begin, end in zip([0, *ends], ends, strict=False):
+    for begin, end in itertools.pairwise(cu_seq_lens_q.tolist()):
         if end > begin:
             parts = (part[:, :, begin:end] for part in (query, key, value))
-            documents.append(plain(module, *parts, None, scaling=scaling)[0])
+            documents.append(_plain(module, *parts, None, scaling=scaling, dropout=dropout))
     return torch.cat(documents, dim=1), None
+
+
+def _plain(module: torch.nn.Module, *tensors: torch.Tensor | None, **words: Any) -> torch.Tensor:
+    """Return attention without bounds."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    attend_with_mask: Any = sdpa_attention_forward
+    output: torch.Tensor = attend_with_mask(module, *tensors, **words)[0]
+    return output

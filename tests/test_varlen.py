@@ -153,6 +153,17 @@ def test_a_document_sees_no_other(folder: Path) -> None:
     torch.testing.assert_close(together, torch.cat(apart, dim=1))
 
 
+def test_what_a_model_drops_is_dropped() -> None:
+    heads = [torch.randn(1, 2, 8, 8) for _ in range(3)]
+    attend: Any = varlen_attention.attend
+    bounds = torch.tensor([0, 8], dtype=torch.int32)
+    whole, none = (
+        attend(torch.nn.Module(), *heads, None, dropout=share, cu_seq_lens_q=bounds)[0]
+        for share in (0.0, 1.0)
+    )
+    assert whole.any() and not none.any()
+
+
 def _packed(*rows: tuple[int, ...]) -> list[dict[str, list[int]]]:
     return [
         {
