@@ -8,6 +8,7 @@ inner layers turn out not to repeat, the caller traces all of them.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections import defaultdict
@@ -22,6 +23,9 @@ from lora_advisor.probes.trace import trace_step
 #: Groups of layers traced: the one repeated, one neighbour on each side to check that it repeats
 #: and to read off what passes between layers, and the first and the last, which are special.
 _GROUPS = 5
+#: Layers that repeat may seem not to where Python's collector releases something among them, which
+#: happens once in thousands of traces; the second time it does not.
+_TRIES = 2
 #: The first block of a trace, reserved for all weights before the first is loaded.
 _RESERVED = 1
 
@@ -41,10 +45,12 @@ def trace_all_layers(
         period = _period(config, architecture)
         few = _GROUPS * period + total % period
         if few + period <= total:
-            trace = trace_step(config, architecture, layers=few, capability=capability)
-            extended = _extend(trace, period=period, copies=(total - few) // period)
-            if extended is not None:
-                return extended
+            for _ in range(_TRIES):
+                gc.collect()
+                trace = trace_step(config, architecture, layers=few, capability=capability)
+                extended = _extend(trace, period=period, copies=(total - few) // period)
+                if extended is not None:
+                    return extended
     return trace_step(config, architecture, capability=capability)
 
 
