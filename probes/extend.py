@@ -23,8 +23,8 @@ from lora_advisor.probes.trace import trace_step
 #: Groups of layers traced: the one repeated, one neighbour on each side to check that it repeats
 #: and to read off what passes between layers, and the first and the last, which are special.
 _GROUPS = 5
-#: Layers that repeat may seem not to where Python's collector releases something among them, which
-#: happens once in thousands of traces; the second time it does not.
+#: Layers that repeat may seem not to, most likely where Python's collector releases something among
+#: them; that is rare, so that a second time they do.
 _TRIES = 2
 #: The first block of a trace, reserved for all weights before the first is loaded.
 _RESERVED = 1
