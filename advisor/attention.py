@@ -10,7 +10,7 @@ from lora_advisor.probes.attention_semantics import why_no_bounds
 from lora_advisor.probes.config import ATTENTIONS
 from lora_advisor.probes.forkserver import ForkServer
 from lora_advisor.probes.machine import Machine, detect_stack
-from lora_advisor.probes.packed_models import attentions_of
+from lora_advisor.probes.packed_models import NOT_TOLD, attentions_of
 
 
 def attention(architecture: Architecture, cache: TraceCache | None) -> str:
@@ -31,10 +31,7 @@ def why_not_varlen(
 ) -> str | None:
     """Return why a model's packed rows cannot be attended to by their bounds; None if they can."""
     if _attentions(architecture, cache)[-1] != "varlen":
-        return (
-            f"the layers of `{architecture.name}` have windows or masks of their own, or cannot be "
-            "told where documents begin"
-        )
+        return f"`{architecture.name}` needs a mask: {NOT_TOLD}"
     return None if machine.kind == "cpu" else why_no_bounds(machine.capability, precision)
 
 

@@ -11,6 +11,9 @@ from lora_advisor.probes.architectures import (
     causal_model_of,
 )
 
+#: Why a model is not among them.
+NOT_TOLD = "its layers have windows or masks of their own, or cannot be told where documents begin"
+
 
 def attentions_of(architecture: Architecture) -> tuple[str, ...]:
     """Return what a model's rows may be attended with, and last what suits packed rows best."""

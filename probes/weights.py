@@ -26,7 +26,7 @@ from lora_advisor.probes.arguments import (
 from lora_advisor.probes.attention_semantics import why_no_bounds
 from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import MissingInputError, UnavailableError, UsageError
-from lora_advisor.probes.packed_models import attentions_of
+from lora_advisor.probes.packed_models import NOT_TOLD, attentions_of
 
 if TYPE_CHECKING:
     import torch
@@ -149,8 +149,8 @@ def _require_buildable(config: RunConfig, architecture: Architecture) -> None:
         )
     if config.attention == "varlen" and attentions_of(architecture)[-1] != "varlen":
         raise UsageError(
-            f'`attention` must be "sdpa" or "eager" for `{architecture.name}`, not "varlen": its '
-            "layers have windows or masks of their own, or cannot be told where documents begin."
+            f'`attention` must be "{attention_of(architecture)}" for `{architecture.name}`, not '
+            f'"varlen": {NOT_TOLD}.'
         )
     if config.attention == "sdpa" and attention_of(architecture) != "sdpa":
         raise UsageError(

@@ -328,7 +328,6 @@ def test_a_plan_goes_on_without_graphs_where_they_cannot_be(
     monkeypatch.setattr(planning, "context_bytes_of", lambda *_: GIB // 4)
     monkeypatch.setattr(ForkServer, "of", lambda _: None)
     monkeypatch.setattr(nvml, "device_count", lambda: 1)
-    spec = dataclasses.replace(spec, fixed={"checkpointing": "full", "method": "lora"})
     made = Device(spec, speed=lambda config: 20 * speed_of(config))
     made.machine = machine
     plain = made.answer

@@ -2,64 +2,26 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_model import save_model
-from tiny_training import config_of
+from tiny_training import WARNINGS, masked_rows, one_pass_config
 from transformers import TrainerCallback
 
 from lora_advisor.probes.architectures import resolve_architecture
-from lora_advisor.probes.config import LoraShape, RunConfig
+from lora_advisor.probes.config import RunConfig
 from lora_advisor.probes.errors import UsageError
 from lora_advisor.probes.finetune import Schedule, build_trainer, padding_tokenizer
 from lora_advisor.probes.one_pass_trainer import SCORED, CountingCollator, Later
 from lora_advisor.probes.weights import load_model
 
-pytestmark = [
-    # peft 0.21 asks transformers 5.23 by names that transformers calls deprecated.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    # torch 2.11 uses what it calls deprecated when its compiler is imported.
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny") / "model"
-    save_model(path)
-    return path
+pytestmark = WARNINGS
 
 
 def _config(model: Path | str, **changes: Any) -> RunConfig:
-    values = {
-        "trainer": "trl",
-        "loss": "one_pass",
-        "adapter": "fused",
-        "lora": LoraShape(r=4, alpha=8, dropout=0.0, targets="all-linear"),
-        "checkpointing": "full",
-        "micro_batch": 4,
-        "accumulation": 2,
-        "seq_len": 64,
-        **changes,
-    }
-    return config_of(Path(model), **values)
-
-
-def _rows(count: int, *, least: int = 20) -> list[dict[str, list[int]]]:
-    """Return rows of several lengths, in whose prompt nothing is trained."""
-    draw = random.Random(7)
-    rows = []
-    for _ in range(count):
-        length, prompt = draw.randint(least, 64), draw.randint(1, 40)
-        ids = [draw.randint(3, 258) for _ in range(length)]
-        labels = [-100 if at < prompt else token for at, token in enumerate(ids)]
-        rows.append({"input_ids": ids, "labels": labels})
-    return rows
+    return one_pass_config(model, **{"micro_batch": 4, "accumulation": 2, **changes})
 
 
 def _trained(
@@ -79,10 +41,10 @@ def _trained(
     trainer: Any = build_trainer(
         config,
         model,
-        rows=_rows(rows, least=least),
+        rows=masked_rows(rows, lengths=(least, 64)),
         tokenizer=padding_tokenizer(259),
         schedule=Schedule(
-            learning_rate=5e-3, logging_steps=1, eval_rows=_rows(6), eval_batch=2, **schedule
+            learning_rate=5e-3, logging_steps=1, eval_rows=masked_rows(6), eval_batch=2, **schedule
         ),
         device=device,
     )
@@ -111,9 +73,9 @@ def test_counts_are_rounded_up_to_a_few() -> None:
     assert set(counts.values()) == {4, 8, 12, 16, 20, 24, 28, 32}
 
 
-def test_on_a_cpu_it_trains_as_the_one_pass_trainer_does(folder: Path) -> None:
+def test_on_a_cpu_it_trains_as_the_one_pass_trainer_does(tiny: Path) -> None:
     plain, graph = (
-        _trained(_config(folder, cuda_graph=how), "cpu", rows=24, max_steps=3)
+        _trained(_config(tiny, cuda_graph=how), "cpu", rows=24, max_steps=3)
         for how in ("off", "micro_batch")
     )
     assert type(graph).__name__ == "GraphTrainer"
@@ -160,10 +122,10 @@ def test_where_it_cannot_be_is_said(changes: dict[str, Any], sentence: str) -> N
     ids=str,
 )
 def test_on_a_card_replayed_micro_batches_lose_the_same(
-    changes: dict[str, Any], folder: Path
+    changes: dict[str, Any], tiny: Path
 ) -> None:
     schedule: dict[str, Any] = {"epochs": 2.0, "max_steps": -1}
-    config = _config(folder, **{"precision": "bf16", **changes})
+    config = _config(tiny, **{"precision": "bf16", **changes})
     plain = _trained(config.replace(recompute="layer"), "cuda", rows=62, **schedule)
     graph = _trained(config.replace(cuda_graph="micro_batch"), "cuda", rows=62, **schedule)
 
@@ -178,7 +140,7 @@ def test_on_a_card_replayed_micro_batches_lose_the_same(
 
 
 @pytest.mark.gpu
-def test_on_a_card_an_evaluation_has_the_graphs_memory_and_training_goes_on(folder: Path) -> None:
+def test_on_a_card_an_evaluation_has_the_graphs_memory_and_training_goes_on(tiny: Path) -> None:
     class Evaluates(TrainerCallback):
         """Evaluates after the third step."""
 
@@ -193,7 +155,7 @@ def test_on_a_card_an_evaluation_has_the_graphs_memory_and_training_goes_on(fold
 
     evaluates = Evaluates()
     how: dict[str, Any] = {"rows": 48, "least": 57, "max_steps": 6}  # all are padded to 64
-    config = _config(folder, precision="bf16", cuda_graph="micro_batch")
+    config = _config(tiny, precision="bf16", cuda_graph="micro_batch")
     plain = _trained(config.replace(cuda_graph="off"), "cuda", callback=evaluates, **how)
     graph = _trained(config, "cuda", callback=evaluates, **how)
     assert evaluates.before > 0 == evaluates.after
