@@ -3,9 +3,9 @@
     python benchmarks/draw_configurations.py --model NAME --seq TOKENS --count 60 --seed SEED
         --out CASES.jsonl [--cache FILE] [--context BYTES]
 
-Every arm (method, kernels, compilation, checkpointing) is drawn from in turn, without replacement;
-micro-batch, optimizer, precision and allocator are drawn within it, among the sizes that the trace
-does not exclude. No speed, predicted or measured, decides what is drawn.
+Every arm (method, kernels, compilation, CUDA graph, checkpointing) is drawn from in turn, without
+replacement; micro-batch, optimizer, precision and allocator are drawn within it, among the sizes
+that the trace does not exclude. No speed, predicted or measured, decides what is drawn.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def by_arm(space: Space, predictor: Predictor) -> dict[tuple, list[RunConfig]]:
     arms: dict[tuple, list[RunConfig]] = {}
     too_large: dict[tuple, int] = {}
     for config in sorted(space.configs(), key=lambda config: config.micro_batch):
-        arm = (config.method, config.kernels, config.compile, config.checkpointing)
+        arm = (
+            config.method, config.kernels, config.compile, config.cuda_graph, config.checkpointing,
+        )  # fmt: skip
         if config.checkpointing not in CHECKPOINTING or arm in too_large:
             continue
         if predictor.predict(config.replace(**PLAIN)).verdict == "does not fit":

@@ -3,10 +3,11 @@
 What peft's own forward pass spends beside the products themselves is left out: the input cast to
 the adapter's fp32 and back (peft/tuners/lora/layer.py, `_cast_input_dtype`), a clone of the output
 of 4-bit weights (lora/bnb.py), the scaled update and its sum with the output as tensors of their
-own, and as many passes over them backward. The adapter is added to the output in place instead, and
-so is its part of the input's gradient; in compiled layers the same stands as plain operations, for
-the compiler to fuse (`_traceable_product`). Parameters, names and files are peft's; where a layer
-does anything else (dropout, merged or several adapters, variants) peft's forward pass runs.
+own, and as many passes over them backward. The frozen product is added to the adapter's share in
+place instead, and so it is in the input's gradient (`adapter_products.py`); in compiled layers the
+same stands as an operation that the compiler knows (`_traceable_product`). Parameters, names and
+files are peft's; where a layer does anything else (dropout, merged or several adapters, variants)
+peft's forward pass runs.
 
 torch and peft are imported with this module, which `adapters.py` does when it is needed.
 """
@@ -18,6 +19,9 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as peft_layer
 from torch.utils.checkpoint import checkpoint
+
+from lora_advisor.probes.adapter_products import adapted_product, input_gradient, product_into
+from lora_advisor.probes.kernel_costs import PACKED_ROWS
 
 #: x W' + s x A' B', with W frozen: gradients of the input and of both factors.
 _Gradients = tuple[torch.Tensor | None, ...]
@@ -52,17 +56,15 @@ class _AdaptedProduct(torch.autograd.Function):
         """
         dtype = _compute_dtype(x)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        inner = rows @ factor_a.to(dtype).t()
+        inner = rows @ (factor_a * scaling).to(dtype).t()
         ctx.save_for_backward(rows, inner, factor_a, factor_b)
         ctx.scaling, ctx.layer, ctx.shape, ctx.dtype = scaling, layer, x.shape, x.dtype
-        shape = (*x.shape[:-1], factor_b.shape[0])
-        if later is not None:
-            output = rows.new_empty(shape)
+        output = rows.new_empty(*x.shape[:-1], factor_b.shape[0])
+        if later is None:
+            _fill(output, rows, inner, factor_b, layer)
+        else:
             later.append((output, rows, inner))
-            return output
-        output = _product(rows, layer, _bias(layer, dtype))
-        output.addmm_(inner, factor_b.to(dtype).t(), alpha=scaling)
-        return output.view(shape)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> _Gradients:
@@ -70,15 +72,15 @@ class _AdaptedProduct(torch.autograd.Function):
         rows, inner, factor_a, factor_b = ctx.saved_tensors
         wanted, dtype = ctx.needs_input_grad, rows.dtype
         outer = gradients[0].reshape(-1, gradients[0].shape[-1]).to(dtype)
-        into = (outer @ factor_b.to(dtype)).mul_(ctx.scaling)
+        into = outer @ factor_b.to(dtype)
         of_x = of_a = of_b = None
         if wanted[2]:
-            of_b = (outer.t() @ inner).mul_(ctx.scaling).to(factor_b.dtype)
+            of_b = (outer.t() @ inner).to(factor_b.dtype)
         if wanted[1]:
-            of_a = (into.t() @ rows).to(factor_a.dtype)
+            of_a = (into.t() @ rows).to(factor_a.dtype).mul_(ctx.scaling)
         if wanted[0]:
-            of_x = outer @ _weight(ctx.layer, dtype)
-            of_x.addmm_(into, factor_a.to(dtype))
+            scaled = (factor_a * ctx.scaling).to(dtype)
+            of_x = input_gradient(outer, into, scaled, _weight(ctx.layer, dtype))
             of_x = of_x.view(ctx.shape).to(ctx.dtype)
         return of_x, of_a, of_b, None, None, None
 
@@ -86,7 +88,7 @@ class _AdaptedProduct(torch.autograd.Function):
 def _traceable_product(
     x: torch.Tensor, factor_a: torch.Tensor, factor_b: torch.Tensor, scaling: float, layer: Any
 ) -> torch.Tensor:
-    """Return what `_AdaptedProduct` returns, in operations that the compiler derives.
+    """Return what `_AdaptedProduct` returns, in operations that a compiler knows.
 
     What a function of one's own saves, compiled code keeps where activation checkpointing does not
     see it (`tensors_saved_with_no_vc_check` in torch/_functorch/_aot_autograd/runtime_wrappers.py,
@@ -94,16 +96,17 @@ def _traceable_product(
     """
     dtype = _compute_dtype(x)
     rows = x.to(dtype)
-    bias = _bias(layer, dtype)
-    linear = torch.nn.functional.linear
-    if getattr(layer.weight, "quant_state", None) is None:
-        weight = _weight(layer, dtype)
-    else:
+    if _is_quantised(layer):
         # Inside compiled code this is a mark: the weight is dequantised again, not kept.
         weight = checkpoint(_weight, layer, dtype, use_reentrant=False)
-    output = linear(rows, weight, bias)
-    inner = linear(rows, (factor_a * scaling).to(dtype))
-    return output + linear(inner, factor_b.to(dtype))
+    else:
+        weight = _weight(layer, dtype)
+    scaled, factor_b = (factor_a * scaling).to(dtype), factor_b.to(dtype)
+    inner = torch.nn.functional.linear(rows.detach(), scaled.detach())
+    output: torch.Tensor = adapted_product(
+        rows, inner, scaled, factor_b, weight, _bias(layer, dtype)
+    )
+    return output
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -114,10 +117,10 @@ def _compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _fill(
-    output: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor,
-    factor_b: torch.Tensor, scaling: float, layer: Any,
+    output: torch.Tensor, rows: torch.Tensor, inner: torch.Tensor, factor_b: torch.Tensor,
+    layer: Any,
 ) -> None:  # fmt: skip
-    """Compute what `_AdaptedProduct` has only made room for.
+    """Compute what `_AdaptedProduct` has made room for.
 
     What a function saves is put aside when it has returned, and a recomputation ends with the last
     tensor that is put aside (torch/utils/checkpoint.py, `_StopRecomputationError`). So the last
@@ -126,29 +129,30 @@ def _fill(
     """
     with torch.no_grad():
         output = output.view(-1, output.shape[-1])
-        bias, weight = _bias(layer, rows.dtype), _weight(layer, rows.dtype).t()
-        if bias is None:
-            torch.mm(rows, weight, out=output)
+        dtype = rows.dtype
+        bias, factor_b = _bias(layer, dtype), factor_b.to(dtype)
+        if _is_quantised(layer) and rows.shape[0] <= PACKED_ROWS:
+            output.copy_(_packed_product(rows, layer, bias)).addmm_(inner, factor_b.t())
         else:
-            torch.addmm(bias, rows, weight, out=output)
-        output.addmm_(inner, factor_b.to(rows.dtype).t(), alpha=scaling)
+            product_into(output, rows, inner, factor_b, _weight(layer, dtype), bias)
 
 
 def _bias(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
     return None if layer.bias is None else layer.bias.to(dtype)
 
 
-def _product(rows: torch.Tensor, layer: Any, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return a frozen layer's output, a tensor of its own."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return torch.nn.functional.linear(rows, layer.weight.to(rows.dtype), bias)
+def _packed_product(rows: torch.Tensor, layer: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    """Return a 4-bit layer's output for few rows, as in generation: bitsandbytes has a kernel."""
     import bitsandbytes
 
     output: torch.Tensor = bitsandbytes.matmul_4bit(
-        rows, layer.weight, quant_state=state, bias=bias
+        rows, layer.weight, quant_state=layer.weight.quant_state, bias=bias
     )
     return output
+
+
+def _is_quantised(layer: Any) -> bool:
+    return getattr(layer.weight, "quant_state", None) is not None
 
 
 def _weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -187,7 +191,7 @@ class _Fused:
         apply: Any = _AdaptedProduct.apply
         adapted: torch.Tensor = apply(x, *factors, *rest, later)
         for unfilled in later or ():
-            _fill(*unfilled, factors[1], *rest)
+            _fill(*unfilled, factors[1], peft.base_layer)
         return adapted
 
 
@@ -209,9 +213,8 @@ def _sole_plain_adapter(layer: Any) -> str | None:
 
 def _multiplies_only(layer: Any) -> bool:
     """Whether a frozen layer does no more than its kind: nobody put a forward pass of his own."""
-    known = getattr(layer.weight, "quant_state", None) is not None
     return "forward" not in vars(layer) and (
-        known or type(layer).forward is torch.nn.Linear.forward
+        _is_quantised(layer) or type(layer).forward is torch.nn.Linear.forward
     )
 
 

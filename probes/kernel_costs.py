@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lora_advisor.probes.adapter_products import INPUT_GRADIENT, PRODUCT
 from lora_advisor.probes.attention_semantics import backward_workspace, generation, kernel_of
 from lora_advisor.probes.events import Work
 from lora_advisor.probes.stand_ins import TRITON, in_compiled_program
@@ -54,6 +55,8 @@ def describe(
     if "gemm_4bit" in name:
         bias = kwargs.get("bias", args[6] if len(args) > 6 else None)
         fuses = multiplies and bias is not None
+    elif name == PRODUCT:
+        fuses = args[5] is not None
     else:
         fuses = name.startswith("aten::addmm") and args[0].dim() == 1
     return Cost(
@@ -125,11 +128,13 @@ _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear")
 
 
 def _multiplies(name: str) -> bool:
-    return name.split("::")[1].split(".")[0] in _PRODUCTS
+    return name in _ADAPTED or name.split("::")[1].split(".")[0] in _PRODUCTS
 
 
+#: Products with an adapter's share, which compiled layers call.
+_ADAPTED = (PRODUCT, INPUT_GRADIENT)
 #: Operations whose Python code costs more than the kernels that it launches: they count as one.
-_CUSTOM = (TRITON, "bitsandbytes::")
+_CUSTOM = (TRITON, "bitsandbytes::", *_ADAPTED)
 
 
 def issued(work: Work, name: str, *, by_engine: bool) -> Work:
@@ -137,7 +142,7 @@ def issued(work: Work, name: str, *, by_engine: bool) -> Work:
     launches = work.launches
     if not launches:
         return work
-    if in_compiled_program() and name.startswith("bitsandbytes::"):
+    if in_compiled_program() and name.startswith(("bitsandbytes::", *_ADAPTED)):
         return dataclasses.replace(work, launches=0.0, compiled_custom_launches=1.0)
     if name.startswith(_CUSTOM):
         return dataclasses.replace(work, launches=0.0, custom_launches=1.0)
@@ -156,7 +161,9 @@ def _work(
     if short == "t" or short.startswith(_VIEWS):
         return Work()
     if short.startswith(_PRODUCTS):
-        return _product_work(short, args, moved=_bytes(args) + _bytes(result))
+        return _product_work(short, args, result)
+    if name in _ADAPTED:
+        return _adapted_work(args, result)
     if "gemm_4bit" in short:
         rows = args[0].numel() // args[0].shape[-1]
         weight = math.prod(args[2])
@@ -177,18 +184,30 @@ def _work(
 _THIN = 100
 
 
-def _product_work(short: str, args: tuple[Any, ...], *, moved: float) -> Work:
+def _product_work(short: str, args: tuple[Any, ...], result: Any) -> Work:
     tensors = [arg for arg in args if hasattr(arg, "shape") and arg.dim() >= 2]
     if short.startswith(("addmm", "baddbmm")):
         tensors = tensors[-2:]
     left, right = tensors[0], tensors[1]
     flops = 2.0 * left.numel() * right.shape[-1]
-    if flops < _THIN * moved:
-        return Work(launches=1, bytes_moved=moved)
+    # What is added is read while tiles are multiplied: it makes no product a thin one.
+    if flops < _THIN * (_bytes(left) + _bytes(right) + _bytes(result)):
+        return Work(launches=1, bytes_moved=_bytes(args) + _bytes(result))
     # The factors decide, not the sum: tensor cores add products of 16 bits up in 32.
     if left.element_size() > 2:
         return Work(launches=1, fp32_matmul_flops=flops)
     return Work(launches=1, matmul_flops=flops)
+
+
+def _adapted_work(args: tuple[Any, ...], result: Any) -> Work:
+    """Two products: the adapter's share, then what is frozen, added to it (adapter_products.py)."""
+    if len(args) == 4:
+        outer, into, factor_a, weight = args
+        thin, wide = (into, factor_a), (outer, weight)
+    else:
+        rows, inner, _, factor_b, weight, _ = args
+        thin, wide = (inner, factor_b.t()), (rows, weight.t())
+    return _product_work("mm", thin, result) + _product_work("mm", wide, result)
 
 
 def _attention_work(

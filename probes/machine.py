@@ -32,6 +32,10 @@ _PACKAGES = {
     "liger-kernel": "liger_kernel",
 }
 
+#: Revision of this program's training step: raised when the same configuration takes another time
+#: or other memory than before, so that nobody learns from runs of the step that was.
+STEP = 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
@@ -40,6 +44,7 @@ class Stack:
     Attributes:
         loss_path: How the SFT loss of the installed trl is computed: "fused" (TRL 1.15 and later),
             "full", or None without trl.
+        step: Revision of the training step (`STEP`); None before they were numbered.
     """
 
     torch: str
@@ -50,6 +55,7 @@ class Stack:
     trl: str | None = None
     liger_kernel: str | None = None
     loss_path: str | None = None
+    step: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
@@ -102,7 +108,7 @@ def detect_stack() -> Stack:
             versions[key] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[key] = None
-    return Stack(**versions, loss_path=_loss_path(versions["trl"]))
+    return Stack(**versions, loss_path=_loss_path(versions["trl"]), step=STEP)
 
 
 def _loss_path(trl: str | None) -> str | None:
