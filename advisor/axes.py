@@ -16,6 +16,15 @@ Axes = dict[str, tuple[Any, ...]]
 
 #: From which share of the memory on the input embeddings are worth holding elsewhere.
 _NOTICEABLE = 0.05
+#: The allocator's settings, the one first that is taken where both are as fast: segments that
+#: expand. What is free in others, beside something that is held, is lost to a CUDA graph, which has
+#: segments of its own: after the weights of a 4-bit 7B were loaded, over 1 GiB of 7
+#: (tests/recordings/h100-graphs-7b-2026-11-28.jsonl). And rows of a user's data differ in how many
+#: of their tokens have a loss, so tensors of the loss differ in size from batch to batch and
+#: segments that do not expand pile up: a training that was to hold 5.2 GiB held 6.4 after an epoch,
+#: one whose segments expand what was promised ("sft" and "dpo" in
+#: benchmarks/results/train_gsm8k_h100_2026-11-27.json).
+_ALLOCATORS = ("expandable_segments", "default")
 
 
 def axes_of(spec: Spec, machine: Machine, card: Card | None, cache: TraceCache | None) -> Axes:
@@ -44,7 +53,7 @@ def axes_of(spec: Spec, machine: Machine, card: Card | None, cache: TraceCache |
         # In every pair of runs on an H100 the recorded one was as fast or faster
         # (benchmarks/results/cuda_graphs_h100_2026-11-27.json); without, a card has more memory.
         "cuda_graph": ("micro_batch", "off"),
-        "allocator": _allocators(spec),
+        "allocator": _ALLOCATORS,
         "embedding": _embeddings(spec, machine),
         "packing": (False,),
         "fp32_upcast": (False,),
@@ -53,18 +62,6 @@ def axes_of(spec: Spec, machine: Machine, card: Card | None, cache: TraceCache |
         axes["seq_len"] = _lengths(spec)
         axes["micro_batch"] = (1,)
     return axes
-
-
-def _allocators(spec: Spec) -> tuple[str, ...]:
-    """Return the allocator's settings, the one first that is taken where both are as fast.
-
-    Rows of a user's data differ in how many of their tokens have a loss, so tensors of the loss
-    differ in size from batch to batch, and segments that do not expand pile up: a training that
-    was to hold 5.2 GiB held 6.4 after an epoch, one whose segments expand what was promised ("sft"
-    and "dpo" in benchmarks/results/train_gsm8k_h100_2026-11-27.json).
-    """
-    plain, expandable = "default", "expandable_segments"
-    return (plain, expandable) if spec.data is None else (expandable, plain)
 
 
 def _embeddings(spec: Spec, machine: Machine) -> tuple[str, ...]:

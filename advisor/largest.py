@@ -168,14 +168,19 @@ class _Border:
     def _survives(self, family: Family, place: int) -> bool:
         """Whether the step at a place runs through under the cap that decides."""
         from lora_advisor.models.allocator import replay
-        from lora_advisor.models.replayed import staged
+        from lora_advisor.models.replayed import recording, staged
 
         trace = family.at(self.line[place])
         # The sizes before rounding: a lower bound of what is live.
         if trace is None or int(trace.sizes.cumsum().max(initial=0)) > self._decisive_cap:
             return False
         expandable = self.config.allocator == "expandable_segments"
-        return replay(staged(trace), cap_bytes=self._decisive_cap, expandable=expandable).survived
+        return replay(
+            staged(trace),
+            cap_bytes=self._decisive_cap,
+            expandable=expandable,
+            recorded=recording(trace),
+        ).survived
 
     @cached_property
     def _decisive_cap(self) -> int:

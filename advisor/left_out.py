@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from lora_advisor.advisor.axes import Axes
 from lora_advisor.probes import unsloth
 from lora_advisor.probes.architectures import resolve_architecture
@@ -62,6 +64,8 @@ def leave_out(axes: Axes, machine: Machine, stack: Stack) -> list[LeftOut]:
         without("allocator", "expandable_segments", "it is a setting of the GPU's allocator")
     elif stack.liger_kernel is None:
         without("kernels", "liger", "liger-kernel is not installed (lora-advisor[gpu])")
+    if machine.kind == "cuda" and sys.platform == "win32":
+        without("allocator", "expandable_segments", "PyTorch's allocator has none on Windows")
     if machine.kind == "card":
         without("compile", "layers", "what compiling gains can only be measured, on the card")
         if "bf16" in axes["precision"]:

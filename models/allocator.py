@@ -4,6 +4,11 @@ Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.11 to 2.13: size classes 
 get_allocation_size), best fit (get_free_block), splitting (should_split), coalescing (free_block),
 and what happens at the limit (alloc_block, release_cached_blocks).
 
+A CUDA graph's blocks come from segments of its own, and the cache is given back before it is
+recorded (torch/cuda/graphs.py, `graph.__enter__`). So what is free in a segment that holds others
+too, as the way weights were loaded left it, is lost to the graph; expanding segments give back
+pages.
+
 What is not covered: several streams, garbage_collection_threshold, max_split_size_mb,
 roundup_power2_divisions; expandable segments are one segment a pool that grows by pages.
 """
@@ -21,8 +26,8 @@ SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
 LARGE_SEGMENT = 20 * MIB  # kLargeBuffer
 MIN_LARGE = 10 * MIB  # kMinLargeAlloc
 ROUND_LARGE = 2 * MIB  # kRoundLarge
-#: Address of the large pool's expanding segment: far from the small one's, at a page.
-_LARGE_BASE = LARGE_SEGMENT << 25
+#: How far apart the expanding segments of the pools lie, in pages of both kinds.
+_APART = LARGE_SEGMENT << 25
 #: Addresses are below this power of two: that page, and more than any replay reserves.
 _ADDRESS_BITS = 52
 
@@ -67,8 +72,9 @@ class _Block:
 class _Pool:
     """The free blocks of one size class, smallest first."""
 
-    def __init__(self, small: bool) -> None:
+    def __init__(self, small: bool, *, number: int) -> None:
         self.small = small
+        self.base = number * _APART  # where its one segment begins, if segments expand
         self.keys: list[int] = []
         self.blocks: dict[int, _Block] = {}
         self.tail: _Block | None = None  # last block of the one segment, if segments expand
@@ -104,13 +110,16 @@ class CachingAllocator:
         self.reserved = 0
         self.reserved_peak = 0
         self.retries = 0
-        self._small, self._large = _Pool(True), _Pool(False)
+        self._small, self._large = _Pool(True, number=0), _Pool(False, number=1)
+        self._of_graph = _Pool(True, number=2), _Pool(False, number=3)
+        self._recording = False
         self._next_address = 0
 
     def allocate(self, size: int) -> _Block | None:
         """Return a block of at least `size` bytes; None if the cap forbids it."""
         size = max(ROUND, -(-size // ROUND) * ROUND)
-        pool = self._small if size <= SMALL else self._large
+        small, large = self._of_graph if self._recording else (self._small, self._large)
+        pool = small if size <= SMALL else large
         block = pool.take_best_fit(size) or self._grow(pool, size)
         if block is None:
             self.retries += 1
@@ -169,9 +178,7 @@ class CachingAllocator:
             pool.remove(tail)
             tail.size += need
             return tail
-        address = (
-            tail.address + tail.size if tail is not None else (0 if pool.small else _LARGE_BASE)
-        )
+        address = tail.address + tail.size if tail is not None else pool.base
         block = _Block(address, need, pool, 0)
         block.previous = tail
         if tail is not None:
@@ -198,6 +205,15 @@ class CachingAllocator:
         if block.pool.tail is block:
             block.pool.tail = remainder
         block.pool.add(remainder)
+
+    def record(self) -> None:
+        """Give the cache back, and take what follows from the segments of a CUDA graph."""
+        self.empty_cache()
+        self._recording = True
+
+    def end_recording(self) -> None:
+        """Take what follows from the usual segments; those of the graph stay, for it to replay."""
+        self._recording = False
 
     def empty_cache(self) -> None:
         """Give back every segment that is free as a whole (expanding ones: every free page)."""
@@ -262,6 +278,7 @@ def replay(
     *,
     cap_bytes: int | None = None,
     expandable: bool = False,
+    recorded: range | None = None,
 ) -> Replay:
     """Run events through the allocator.
 
@@ -270,12 +287,18 @@ def replay(
             the cache is given back.
         cap_bytes: As for CachingAllocator.
         expandable: As for CachingAllocator.
+        recorded: Positions of the events of what is recorded as a CUDA graph; None without one.
     """
+    first, last = (-1, -1) if recorded is None else (recorded.start, recorded.stop)
     allocator = CachingAllocator(cap_bytes=cap_bytes, expandable=expandable)
     held: dict[int, _Block] = {}
     phase_peaks: dict[str, int] = {}
     peak, peak_index = 0, 0
     for index, (number, size, phase) in enumerate(events):
+        if index == first:
+            allocator.record()
+        elif index == last:
+            allocator.end_recording()
         if size < 0:
             allocator.release(held.pop(number))
             continue

@@ -28,13 +28,13 @@ def traced_memory(trace: Trace, *, expandable: bool, cap_bytes: int | None = Non
         cap_bytes: What the allocator may take; the smallest cap survived is looked for only where
             that may decide. None to look for it in any case.
     """
-    events = staged(trace)
-    result = replay(events, expandable=expandable)
+    events, recorded = staged(trace), recording(trace)
+    result = replay(events, expandable=expandable, recorded=recorded)
     smallest = result.reserved_bytes
     if cap_bytes is not None and result.allocated_bytes > cap_bytes * (1 + _NEAR):
         smallest = result.allocated_bytes
     elif cap_bytes is None or result.reserved_bytes > cap_bytes * (1 - _NEAR):
-        smallest = needed(events, result, expandable=expandable, to_bytes=_FINE)
+        smallest = needed(events, result, recorded, expandable=expandable, to_bytes=_FINE)
     return TracedMemory(
         allocated_bytes=result.allocated_bytes,
         reserved_bytes=result.reserved_bytes,
@@ -66,10 +66,11 @@ def brief_memory(trace: Trace, *, expandable: bool, cap_bytes: int) -> TracedMem
         )
     stages = itertools.repeat("")
     events = list(zip(trace.blocks.tolist(), trace.sizes.tolist(), stages, strict=False))
-    result = replay(events, expandable=expandable)
+    recorded = recording(trace)
+    result = replay(events, expandable=expandable, recorded=recorded)
     smallest = result.reserved_bytes
     if smallest > cap_bytes * (1 - _NEAR):
-        smallest = needed(events, result, expandable=expandable, to_bytes=_FINE)
+        smallest = needed(events, result, recorded, expandable=expandable, to_bytes=_FINE)
     return TracedMemory(
         allocated_bytes=result.allocated_bytes,
         reserved_bytes=result.reserved_bytes,
@@ -104,14 +105,32 @@ def staged(trace: Trace) -> list[tuple[int, int, str]]:
     )
 
 
+def recording(trace: Trace) -> range | None:
+    """Return the events of the micro-batch that is recorded as a CUDA graph; None without one.
+
+    It is the second step's: the first runs as it is (`probes/graph_trainer.py`).
+    """
+    if not any(work.recorded_launches for work in trace.work.values()):
+        return None
+    in_graph = numpy.isin(trace.phases, (PHASES.index("forward"), PHASES.index("backward")))
+    (starts,) = numpy.nonzero(numpy.diff(in_graph.astype(numpy.int8), prepend=0) == 1)
+    (stops,) = numpy.nonzero(numpy.diff(in_graph.astype(numpy.int8), append=0) == -1)
+    return range(int(starts[-1]), int(stops[-1]) + 1) if len(starts) > 1 else None
+
+
 def needed(
-    events: list[tuple[int, int, str]], free: Replay, *, expandable: bool, to_bytes: int
+    events: list[tuple[int, int, str]],
+    free: Replay,
+    recorded: range | None,
+    *,
+    expandable: bool,
+    to_bytes: int,
 ) -> int:
     """Return the smallest cap, to `to_bytes`, under which the events run through."""
     low, high = free.allocated_bytes, max(free.reserved_bytes, free.allocated_bytes)
     while high - low > to_bytes:
         middle = (low + high) // 2
-        if replay(events, cap_bytes=middle, expandable=expandable).survived:
+        if replay(events, cap_bytes=middle, expandable=expandable, recorded=recorded).survived:
             high = middle
         else:
             low = middle

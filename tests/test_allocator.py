@@ -217,6 +217,42 @@ def test_an_expandable_segment_gives_back_its_free_end() -> None:
     assert result.reserved_bytes <= 102 * MIB
 
 
+#: Weights of 40 MiB lie at the start of a segment of 100; then a step of 50 twice, the second time
+#: as a CUDA graph.
+GRAPH = [
+    (1, 100 * MIB, "load"),
+    (1, -100 * MIB, "load"),
+    (2, 40 * MIB, "load"),
+    (3, 50 * MIB, "forward"),
+    (3, -50 * MIB, "backward"),
+    (4, 50 * MIB, "forward"),
+    (4, -50 * MIB, "backward"),
+    (5, 30 * MIB, "optimizer"),
+]
+
+
+def test_a_cuda_graph_cannot_take_what_is_free_beside_something_else() -> None:
+    plain, recorded = replay(GRAPH), replay(GRAPH, recorded=range(5, 7))
+
+    assert plain.reserved_bytes == 100 * MIB  # 50 of the 60 that are free beside the weights
+    assert recorded.reserved_bytes == 150 * MIB  # and what follows lies beside the weights again
+    assert recorded.allocated_bytes == plain.allocated_bytes == 100 * MIB
+    assert not replay(GRAPH, recorded=range(5, 7), cap_bytes=149 * MIB).survived
+
+
+def test_before_a_cuda_graph_expanding_segments_give_back_what_is_free() -> None:
+    recorded = replay(GRAPH, expandable=True, recorded=range(5, 7))
+
+    # 40 MiB of weights are two pages of 20; 60 of the graph's own, and 40 more for the optimizer.
+    assert recorded.reserved_bytes == (40 + 60 + 40) * MIB
+
+
+def test_a_whole_free_segment_goes_back_before_a_cuda_graph_is_recorded() -> None:
+    events = [(1, 90 * MIB, "forward"), (1, -90 * MIB, "backward"), (2, 90 * MIB, "forward")]
+
+    assert replay(events, recorded=range(2, 3), cap_bytes=100 * MIB).survived
+
+
 @pytest.mark.parametrize("expandable", [False, True])
 @pytest.mark.parametrize("cap", [None, 400 * MIB])
 @pytest.mark.parametrize("seed", range(5))
