@@ -53,6 +53,22 @@ class Replay:
     retries: int
 
 
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What of the events is recorded as a CUDA graph.
+
+    Attributes:
+        first: Position of its first event.
+        last: Position after its last.
+        workspaces: Blocks of the libraries, which are given back before and taken anew by the graph
+            (`torch._C._cuda_clearCublasWorkspaces` in probes/graph_trainer.py).
+    """
+
+    first: int
+    last: int
+    workspaces: tuple[int, ...] = ()
+
+
 class _Block:
     """A piece of a segment; neighbours are linked in address order."""
 
@@ -278,7 +294,7 @@ def replay(
     *,
     cap_bytes: int | None = None,
     expandable: bool = False,
-    recorded: range | None = None,
+    recorded: Recording | None = None,
 ) -> Replay:
     """Run events through the allocator.
 
@@ -287,32 +303,49 @@ def replay(
             the cache is given back.
         cap_bytes: As for CachingAllocator.
         expandable: As for CachingAllocator.
-        recorded: Positions of the events of what is recorded as a CUDA graph; None without one.
+        recorded: What of them is a CUDA graph; None without one.
     """
-    first, last = (-1, -1) if recorded is None else (recorded.start, recorded.stop)
     allocator = CachingAllocator(cap_bytes=cap_bytes, expandable=expandable)
     held: dict[int, _Block] = {}
     phase_peaks: dict[str, int] = {}
-    peak, peak_index = 0, 0
+    peak, peak_index, survived = 0, 0, True
     for index, (number, size, phase) in enumerate(events):
-        if index == first:
-            allocator.record()
-        elif index == last:
-            allocator.end_recording()
+        if recorded is not None and index in (recorded.first, recorded.last):
+            survived = _turn(allocator, held, recorded, begins=index == recorded.first)
         if size < 0:
             allocator.release(held.pop(number))
             continue
         if size == 0:
             allocator.empty_cache()
             continue
-        block = allocator.allocate(size)
+        block = allocator.allocate(size) if survived else None
         if block is None:
-            return Replay(
-                peak, allocator.reserved_peak, peak_index, phase_peaks, False, allocator.retries
-            )
+            survived = False
+            break
         held[number] = block
         if allocator.allocated > phase_peaks.get(phase, 0):
             phase_peaks[phase] = allocator.allocated
         if allocator.allocated > peak:
             peak, peak_index = allocator.allocated, index
-    return Replay(peak, allocator.reserved_peak, peak_index, phase_peaks, True, allocator.retries)
+    return Replay(
+        peak, allocator.reserved_peak, peak_index, phase_peaks, survived, allocator.retries
+    )
+
+
+def _turn(
+    allocator: CachingAllocator, held: dict[int, _Block], recorded: Recording, *, begins: bool
+) -> bool:
+    """Begin or end a recording; return whether the workspaces find room in the graph's memory."""
+    if not begins:
+        allocator.end_recording()
+        return True
+    sizes = {number: held[number].size for number in recorded.workspaces if number in held}
+    for number in sizes:
+        allocator.release(held.pop(number))
+    allocator.record()
+    for number, size in sizes.items():
+        block = allocator.allocate(size)
+        if block is None:
+            return False
+        held[number] = block
+    return True

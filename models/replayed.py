@@ -6,7 +6,7 @@ import itertools
 
 import numpy
 
-from lora_advisor.models.allocator import MIB, ROUND, Replay, replay
+from lora_advisor.models.allocator import MIB, ROUND, Recording, Replay, replay
 from lora_advisor.models.traced import TracedMemory
 from lora_advisor.probes.events import PHASES, Trace
 
@@ -105,23 +105,24 @@ def staged(trace: Trace) -> list[tuple[int, int, str]]:
     )
 
 
-def recording(trace: Trace) -> range | None:
-    """Return the events of the micro-batch that is recorded as a CUDA graph; None without one.
+def recording(trace: Trace) -> Recording | None:
+    """Return what is recorded as a CUDA graph, the second step's micro-batch; None without one.
 
-    It is the second step's: the first runs as it is (`probes/graph_trainer.py`).
+    The first step runs as it is (`probes/graph_trainer.py`).
     """
     if not any(work.recorded_launches for work in trace.work.values()):
         return None
     in_graph = numpy.isin(trace.phases, (PHASES.index("forward"), PHASES.index("backward")))
     (starts,) = numpy.nonzero(numpy.diff(in_graph.astype(numpy.int8), prepend=0) == 1)
     (stops,) = numpy.nonzero(numpy.diff(in_graph.astype(numpy.int8), append=0) == -1)
-    return range(int(starts[-1]), int(stops[-1]) + 1) if len(starts) > 1 else None
+    workspaces = tuple(block for block, owner in trace.owners.items() if owner == "workspace")
+    return Recording(int(starts[-1]), int(stops[-1]) + 1, workspaces) if len(starts) > 1 else None
 
 
 def needed(
     events: list[tuple[int, int, str]],
     free: Replay,
-    recorded: range | None,
+    recorded: Recording | None,
     *,
     expandable: bool,
     to_bytes: int,

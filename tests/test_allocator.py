@@ -14,7 +14,7 @@ from typing import Any
 import numpy
 import pytest
 
-from lora_advisor.models.allocator import CachingAllocator, replay
+from lora_advisor.models.allocator import CachingAllocator, Recording, replay
 
 KIB, MIB = 2**10, 2**20
 RECORDINGS = Path(__file__).parent / "recordings"
@@ -232,25 +232,38 @@ GRAPH = [
 
 
 def test_a_cuda_graph_cannot_take_what_is_free_beside_something_else() -> None:
-    plain, recorded = replay(GRAPH), replay(GRAPH, recorded=range(5, 7))
+    plain, recorded = replay(GRAPH), replay(GRAPH, recorded=Recording(5, 7))
 
     assert plain.reserved_bytes == 100 * MIB  # 50 of the 60 that are free beside the weights
     assert recorded.reserved_bytes == 150 * MIB  # and what follows lies beside the weights again
     assert recorded.allocated_bytes == plain.allocated_bytes == 100 * MIB
-    assert not replay(GRAPH, recorded=range(5, 7), cap_bytes=149 * MIB).survived
+    assert not replay(GRAPH, recorded=Recording(5, 7), cap_bytes=149 * MIB).survived
 
 
 def test_before_a_cuda_graph_expanding_segments_give_back_what_is_free() -> None:
-    recorded = replay(GRAPH, expandable=True, recorded=range(5, 7))
+    recorded = replay(GRAPH, expandable=True, recorded=Recording(5, 7))
 
     # 40 MiB of weights are two pages of 20; 60 of the graph's own, and 40 more for the optimizer.
     assert recorded.reserved_bytes == (40 + 60 + 40) * MIB
 
 
+def test_the_libraries_workspaces_pin_no_segment_when_a_graph_is_recorded() -> None:
+    events = [
+        (1, 90 * MIB, "forward"),
+        (1, -90 * MIB, "forward"),
+        (2, 32 * MIB, "forward"),  # a workspace, at the start of the free segment
+        (3, 90 * MIB, "forward"),
+    ]
+
+    assert replay(events, recorded=Recording(3, 4, (2,))).reserved_bytes == (32 + 90) * MIB
+    assert replay(events, recorded=Recording(3, 4)).reserved_bytes == (90 + 90) * MIB
+    assert not replay(events, recorded=Recording(3, 4, (2,)), cap_bytes=100 * MIB).survived
+
+
 def test_a_whole_free_segment_goes_back_before_a_cuda_graph_is_recorded() -> None:
     events = [(1, 90 * MIB, "forward"), (1, -90 * MIB, "backward"), (2, 90 * MIB, "forward")]
 
-    assert replay(events, recorded=range(2, 3), cap_bytes=100 * MIB).survived
+    assert replay(events, recorded=Recording(2, 3), cap_bytes=100 * MIB).survived
 
 
 @pytest.mark.parametrize("expandable", [False, True])

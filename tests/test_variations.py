@@ -116,7 +116,7 @@ def store_and_configs(folder: Path, server: Any) -> tuple[TraceStore, list[RunCo
     """Return a store that traces in a server, and configurations that differ in length."""
     spec = Spec(model=save_figures(folder), vram_bytes=GIB, effective_batch=1)
     space = build_space(spec, CARD.machine(), detect_stack(), CARD)
-    config = next(space.configs())
+    config = next(space.configs()).replace(allocator="default")  # as traces are asked for
     store = TraceStore(
         resolve_architecture(spec.model), CARD.machine().capability, server=server
     )  # fmt: skip
