@@ -285,7 +285,7 @@ def _settings(settings: Mapping[str, Any] | None) -> str:
 
 
 def _stack(result: TrainingResult) -> str:
-    rows = [[name, version] for name, version in result.stack.to_json().items() if version]
+    rows = [[name, version] for name, version in result.stack.packages().items() if version]
     engine = None if result.config.is_buildable else unsloth.engine()
     rows += [] if engine is None else [["engine", engine]]
     return table([*rows, ["device", result.device]], ["", ""])

@@ -214,7 +214,7 @@ def versions_table(source: Source) -> Table:
         stacks.append(("plan", source.plan.stack))
     if source.run is not None and source.run.stack is not None:
         stacks.append(("training", source.run.stack))
-    names = list(stacks[0][1].to_json()) if stacks else []
+    names = list(stacks[0][1].packages()) if stacks else []
     rows = tuple(
         (name.replace("_", " "), *(stack.to_json()[name] or "not installed" for _, stack in stacks))
         for name in names

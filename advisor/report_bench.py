@@ -187,7 +187,7 @@ def _setting(bench: Bench) -> str:
     dates = sorted({(run.result.started_at or "")[:10] for run in bench.runs})
     what = "the process" if bench.device == "cpu" else "what PyTorch allocates"
     weights = "random" if bench.architecture.weights is None else "stored"
-    stack = ", ".join(f"{k} {v}" for k, v in bench.stack.to_json().items() if v is not None)
+    stack = ", ".join(f"{k} {v}" for k, v in bench.stack.packages().items() if v is not None)
     rows = {
         "date": " to ".join(dates[:: max(1, len(dates) - 1)]) or "-",
         "card": _card(bench),

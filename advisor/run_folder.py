@@ -255,6 +255,12 @@ def _check_same(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> N
 
 
 def _check_stack(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    if old.get("step") != new.get("step"):
+        raise StackError(
+            f"`{path}` holds a training begun by a version of this program whose training step is "
+            "another one, so it cannot go on exactly; install that version again, or start anew "
+            "without resuming."
+        )
     for name in {**old, **new}:
         if old.get(name) != new.get(name):
             raise StackError(

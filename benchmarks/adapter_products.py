@@ -68,9 +68,7 @@ def parts(rows: int, width: int, out: int) -> dict[str, float]:
     return {
         "forward, frozen alone": microseconds(lambda: x @ weight.t()),
         "forward, share after": microseconds(lambda: (x @ weight.t()).addmm_(inner, b.t())),
-        "forward, share first": microseconds(
-            lambda: product_into(output, x, inner, b, weight, None)
-        ),
+        "forward, share first": microseconds(lambda: product_into(output, x, inner, b, weight)),
         "forward, factors widened": microseconds(lambda: wide_x @ wide_weight.t()),
         "gradient, frozen alone": microseconds(lambda: outer @ weight),
         "gradient, share after": microseconds(lambda: (outer @ weight).addmm_(inner, a)),
@@ -86,7 +84,7 @@ def plain(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: torch.Tenso
 def own(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     factor = a.to(BF16)
     inner = torch.nn.functional.linear(x.detach(), factor.detach())
-    output: torch.Tensor = adapted_product(x, inner, factor, b.to(BF16), weight, None)
+    output: torch.Tensor = adapted_product(x, inner, factor, b.to(BF16), weight)
     return output
 
 

@@ -7,7 +7,9 @@ the measurement of its choice and of the drawn configurations in one run. A conf
 measured several times counts with the median of its speeds. Regret is what the choice lacks of the
 best one measured. The models are fitted to the plan's own probes and asked for every configuration
 that is not among them. How well they could do at best on that host is told by models fitted to five
-sixths of the measurements, which are asked for the sixth. Writes results/regret.json.
+sixths of the measurements, which are asked for the sixth. Writes results/regret.json, where cases
+of other names stay as they are: the traces are those of the present step (`Stack.step`), so a case
+is best judged by the program that measured it.
 """
 
 from __future__ import annotations
@@ -160,7 +162,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=None, help="file that keeps traces")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/regret.json"))
     arguments = parser.parse_args()
-    cases = {}
+    cases = json.loads(arguments.out.read_text("utf-8")) if arguments.out.is_file() else {}
     for name in arguments.names:
         plan = read_plan(arguments.folder / f"plan-{name}.json")
         probes = read_records(arguments.folder / f"probes-{name}.jsonl")
@@ -170,6 +172,7 @@ def main() -> None:
             "machine": plan.machine.name,
             "host": plan.machine.host,
             "torch": plan.stack.torch,
+            "step": plan.stack.step,
             "date": results[0].started_at,
             "models": accuracy(plan, probes, results, arguments.cache),
         }

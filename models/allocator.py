@@ -137,12 +137,12 @@ class CachingAllocator:
         small, large = self._of_graph if self._recording else (self._small, self._large)
         pool = small if size <= SMALL else large
         block = pool.take_best_fit(size) or self._grow(pool, size)
-        if block is None:
+        if block is None and not self._recording:  # CUDACachingAllocator: `captures_underway`
             self.retries += 1
             self.empty_cache()
             block = self._grow(pool, size)
-            if block is None:
-                return None
+        if block is None:
+            return None
         self._split(block, size)
         block.free = False
         self.allocated += block.size
@@ -311,7 +311,7 @@ def replay(
     peak, peak_index, survived = 0, 0, True
     for index, (number, size, phase) in enumerate(events):
         if recorded is not None and index in (recorded.first, recorded.last):
-            survived = _turn(allocator, held, recorded, begins=index == recorded.first)
+            survived = _turn(allocator, held, recorded, begins=index == recorded.first) and survived
         if size < 0:
             allocator.release(held.pop(number))
             continue

@@ -27,9 +27,10 @@ def product_into(
     inner: torch.Tensor,
     factor_b: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Fill `output`, (rows, out), with rows W' + inner B' + bias and return it.
+    """Fill `output`, (rows, out), with rows W' + inner B' and return it.
+
+    A bias is for the caller to add: added to the share alone, both would be rounded at its size.
 
     Args:
         output: Its values are not read.
@@ -37,12 +38,8 @@ def product_into(
         inner: (rows, rank), the scale included.
         factor_b: (out, rank).
         weight: (out, in).
-        bias: (out,), if there is one.
     """
-    if bias is None:
-        torch.mm(inner, factor_b.t(), out=output)
-    else:
-        torch.addmm(bias, inner, factor_b.t(), out=output)
+    torch.mm(inner, factor_b.t(), out=output)
     return output.addmm_(rows, weight.t())
 
 
@@ -71,7 +68,6 @@ def adapted_product(
     factor_a: torch.Tensor,
     factor_b: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return (..., out) of rows (..., in); the gradients of rows and both factors follow from it.
 
@@ -81,15 +77,14 @@ def adapted_product(
         factor_a: (rank, in), the scale included.
         factor_b: (out, rank).
         weight: (out, in), frozen.
-        bias: (out,), frozen, if there is one.
     """
     output = rows.new_empty(*rows.shape[:-1], weight.shape[0])
-    product_into(_flat(output), _flat(rows), _flat(inner), factor_b, weight, bias)
+    product_into(_flat(output), _flat(rows), _flat(inner), factor_b, weight)
     return output
 
 
 @adapted_product.register_fake
-def _(rows: Any, inner: Any, factor_a: Any, factor_b: Any, weight: Any, bias: Any) -> torch.Tensor:
+def _(rows: Any, inner: Any, factor_a: Any, factor_b: Any, weight: Any) -> torch.Tensor:
     output: torch.Tensor = rows.new_empty(*rows.shape[:-1], weight.shape[0])
     return output
 
@@ -110,8 +105,7 @@ def _(outer: Any, into: Any, factor_a: Any, weight: Any) -> torch.Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    rows, inner, factor_a, factor_b, weight, _ = inputs
-    ctx.save_for_backward(rows, inner, factor_a, factor_b, weight)
+    ctx.save_for_backward(*inputs)
 
 
 def _derive(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -122,7 +116,7 @@ def _derive(ctx: Any, outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     of_rows = None
     if ctx.needs_input_grad[0]:
         of_rows = adapted_input_gradient(outer, into, factor_a, weight)
-    return of_rows, None, of_a, of_b, None, None
+    return of_rows, None, of_a, of_b, None
 
 
 adapted_product.register_autograd(_derive, setup_context=_keep)

@@ -43,7 +43,8 @@ class Work:
         engine_launches: Those of the autograd engine, which is C++.
         custom_launches: Calls of kernels with Python code of their own: Triton's, bitsandbytes'.
         compiled_launches: Those of a compiled program.
-        compiled_custom_launches: Those among them that call Python: bitsandbytes' operators.
+        compiled_custom_launches: Those among them that call Python: bitsandbytes' operators, an
+            adapter's products.
         recorded_launches: Those of a CUDA graph, which the host starts as a whole.
         hooks: Tensors that pass a hook of what is saved for the backward pass, as activation
             checkpointing has them: when they are saved, saved anew, and asked for.

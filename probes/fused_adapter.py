@@ -103,10 +103,9 @@ def _traceable_product(
         weight = _weight(layer, dtype)
     scaled, factor_b = (factor_a * scaling).to(dtype), factor_b.to(dtype)
     inner = torch.nn.functional.linear(rows.detach(), scaled.detach())
-    output: torch.Tensor = adapted_product(
-        rows, inner, scaled, factor_b, weight, _bias(layer, dtype)
-    )
-    return output
+    output: torch.Tensor = adapted_product(rows, inner, scaled, factor_b, weight)
+    bias = _bias(layer, dtype)
+    return output if bias is None else output + bias
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -129,26 +128,36 @@ def _fill(
     """
     with torch.no_grad():
         output = output.view(-1, output.shape[-1])
-        dtype = rows.dtype
-        bias, factor_b = _bias(layer, dtype), factor_b.to(dtype)
-        if _is_quantised(layer) and rows.shape[0] <= PACKED_ROWS:
-            output.copy_(_packed_product(rows, layer, bias)).addmm_(inner, factor_b.t())
+        dtype, factor_b = rows.dtype, factor_b.to(rows.dtype)
+        if _has_own_kernel(layer, rows):
+            output.copy_(_packed_product(rows, layer)).addmm_(inner, factor_b.t())
         else:
-            product_into(output, rows, inner, factor_b, _weight(layer, dtype), bias)
+            product_into(output, rows, inner, factor_b, _weight(layer, dtype))
+        bias = _bias(layer, dtype)
+        if bias is not None:
+            output.add_(bias)
 
 
 def _bias(layer: Any, dtype: torch.dtype) -> torch.Tensor | None:
     return None if layer.bias is None else layer.bias.to(dtype)
 
 
-def _packed_product(rows: torch.Tensor, layer: Any, bias: torch.Tensor | None) -> torch.Tensor:
-    """Return a 4-bit layer's output for few rows, as in generation: bitsandbytes has a kernel."""
+def _packed_product(rows: torch.Tensor, layer: Any) -> torch.Tensor:
+    """Return a 4-bit layer's output from its packed weight, without the bias."""
     import bitsandbytes
 
     output: torch.Tensor = bitsandbytes.matmul_4bit(
-        rows, layer.weight, quant_state=layer.weight.quant_state, bias=bias
+        rows, layer.weight, quant_state=layer.weight.quant_state
     )
     return output
+
+
+def _has_own_kernel(layer: Any, rows: torch.Tensor) -> bool:
+    """Whether bitsandbytes multiplies with packed weights: few rows, as in generation, or a CPU
+    that has packed them its own way in an evaluation (`packing_format_for_cpu` of their state)."""
+    state = getattr(layer.weight, "quant_state", None)
+    packed = getattr(state, "packing_format_for_cpu", False)
+    return state is not None and (packed or rows.shape[0] <= PACKED_ROWS)
 
 
 def _is_quantised(layer: Any) -> bool:

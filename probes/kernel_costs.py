@@ -55,8 +55,6 @@ def describe(
     if "gemm_4bit" in name:
         bias = kwargs.get("bias", args[6] if len(args) > 6 else None)
         fuses = multiplies and bias is not None
-    elif name == PRODUCT:
-        fuses = args[5] is not None
     else:
         fuses = name.startswith("aten::addmm") and args[0].dim() == 1
     return Cost(
@@ -205,7 +203,7 @@ def _adapted_work(args: tuple[Any, ...], result: Any) -> Work:
         outer, into, factor_a, weight = args
         thin, wide = (into, factor_a), (outer, weight)
     else:
-        rows, inner, _, factor_b, weight, _ = args
+        rows, inner, _, factor_b, weight = args
         thin, wide = (inner, factor_b.t()), (rows, weight.t())
     return _product_work("mm", thin, result) + _product_work("mm", wide, result)
 

@@ -33,7 +33,8 @@ _PACKAGES = {
 }
 
 #: Revision of this program's training step: raised when the same configuration takes another time
-#: or other memory than before, so that nobody learns from runs of the step that was.
+#: or other memory than before, so that nobody learns from runs of the step that was; runs of other
+#: engines and of peft's own layers go with them.
 STEP = 2
 
 
@@ -56,6 +57,10 @@ class Stack:
     liger_kernel: str | None = None
     loss_path: str | None = None
     step: int | None = None
+
+    def packages(self) -> dict[str, Any]:
+        """Return the versions without the step's revision, for tables of packages."""
+        return {name: version for name, version in self.to_json().items() if name != "step"}
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""

@@ -260,6 +260,18 @@ def test_the_libraries_workspaces_pin_no_segment_when_a_graph_is_recorded() -> N
     assert not replay(events, recorded=Recording(3, 4, (2,)), cap_bytes=100 * MIB).survived
 
 
+def test_while_a_graph_is_recorded_the_cache_is_not_given_back() -> None:
+    events = [
+        (1, 40 * MIB, "load"),
+        (2, 50 * MIB, "forward"),
+        (1, -40 * MIB, "forward"),  # a block from outside, freed within
+        (3, 60 * MIB, "forward"),
+    ]
+
+    assert replay(events, cap_bytes=120 * MIB).survived
+    assert not replay(events, recorded=Recording(1, 4), cap_bytes=120 * MIB).survived
+
+
 def test_a_whole_free_segment_goes_back_before_a_cuda_graph_is_recorded() -> None:
     events = [(1, 90 * MIB, "forward"), (1, -90 * MIB, "backward"), (2, 90 * MIB, "forward")]
 
