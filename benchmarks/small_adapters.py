@@ -6,8 +6,8 @@
 An adapter of SmolLM2-135M-Instruct is trained on pairs of GSM8K in fp32 for some steps. How much
 more or less likely it makes each answer, against its base, is asked of the same adapter in fp32 and
 in bf16: eager as peft's layers compute it, eager with the fused adapter, and in compiled layers. In
-bf16 a layer's base output is rounded before the adapter's share is added, and a share below half a
-step of that grid is lost; code that adds them before rounding keeps it. Written is the slope of
+bf16 peft's layers round the base output before the adapter's share is added, and a share below half
+a step of that grid is lost; code that adds them before rounding keeps it. Written is the slope of
 each arm's differences over those of fp32: 1 loses nothing.
 """
 
