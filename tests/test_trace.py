@@ -443,11 +443,16 @@ def test_a_compiled_program_calls_what_it_cannot_compile() -> None:
     layers, products = WIDE.num_layers or 0, 7
     work = work_of(method="qlora", compile="layers", adapter="fused")
 
-    # Dequantised forward and backward: the scales, then the weight. The first layer's input needs
-    # no gradient, so three products spare it there.
+    # Dequantised forward and backward, the scales, then the weight, and multiplied with it and its
+    # adapter. The first layer's input needs no gradient, so three products spare all that there.
     assert work.custom_launches == 0
-    assert work.compiled_custom_launches == 2 * (2 * layers * products - 3)
-    assert work_of(method="lora", compile="layers").compiled_custom_launches == 0
+    assert work.compiled_custom_launches == 3 * (2 * layers * products - 3)
+    fused, peft = (
+        work_of(method="lora", compile="layers", adapter=adapter).compiled_custom_launches
+        for adapter in ("fused", "peft")
+    )
+    assert fused == 2 * layers * products - 3
+    assert peft == 0
 
 
 def test_checkpointing_costs_hooks() -> None:
