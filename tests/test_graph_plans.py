@@ -59,6 +59,8 @@ COMPILED = [
     for result in read_records(RECORDINGS / "regret/probes-llama-3.2-1b-1024-graphs.jsonl")
     if result.config.compile == "layers"
 ]
+#: Of 2048 tokens, nothing recomputed, Liger's kernels: what room there is is nearly all taken.
+AT_2048 = read_records(RECORDINGS / "h100-graphs-2048-2026-11-28.jsonl")[5]
 RECORDS_7B = read_records(RECORDINGS / "h100-graphs-7b-2026-11-28.jsonl")
 #: Of Liger's kernels: out of memory in usual segments, two that ran in them or in expanding ones,
 #: and without those kernels four rows.
@@ -241,6 +243,13 @@ def test_recorded_runs_hold_what_their_traces_say(number: int) -> None:
     assert result.context_bytes is not None
     beside = context_of("9.0").value_bytes + graph_bytes(result.config)
     assert beside == pytest.approx(result.context_bytes, rel=0.005)
+
+
+def test_a_step_of_2048_tokens_holds_what_its_trace_says() -> None:
+    assert AT_2048.config.seq_len == 2048 and AT_2048.config.checkpointing == "off"
+    traced = _traced(AT_2048, cap_bytes=1 << 60)
+    assert traced.allocated_bytes == pytest.approx(AT_2048.allocated_bytes, rel=0.01)
+    assert traced.reserved_bytes == pytest.approx(AT_2048.reserved_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("number", range(2), ids=[r.config.method for r in COMPILED[:2]])
