@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from replays import replay_times
 
 from lora_advisor.probes.adapter_products import adapted_product, input_gradient, product_into
 from lora_advisor.probes.machine import detect_machine, detect_stack
@@ -48,15 +49,7 @@ def microseconds(run: Callable[[], Any]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    times = []
-    for _ in range(23):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1000)
-    return round(statistics.median(times[3:]), 1)
+    return round(statistics.median(replay_times(graph, 23)[3:]), 1)
 
 
 def parts(rows: int, width: int, out: int) -> dict[str, float]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from replays import replay_times
 
 #: Hidden width, width of the MLP.
 MODELS = {"qwen2.5-1.5b": (1536, 8960), "llama-3.2-1b": (2048, 8192), "qwen2.5-7b": (3584, 18944)}
@@ -37,15 +38,7 @@ def timed(call: Callable[[], Any], count: int = 20) -> float:
     with torch.cuda.graph(graph):
         for _ in range(count):
             call()
-    times = []
-    for _ in range(6):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / count * 1e3)
-    return round(statistics.median(times[1:]), 1)
+    return round(statistics.median(replay_times(graph, 6)[1:]) / count, 1)
 
 
 @torch.compile

@@ -28,7 +28,8 @@ MIN_LARGE = 10 * MIB  # kMinLargeAlloc
 ROUND_LARGE = 2 * MIB  # kRoundLarge
 #: How far apart the expanding segments of the pools lie, in pages of both kinds.
 _APART = LARGE_SEGMENT << 25
-#: Addresses are below this power of two: that page, and more than any replay reserves.
+#: Addresses are below this power of two: where the last pool's segment begins, three times that,
+#: and more than any replay reserves.
 _ADDRESS_BITS = 52
 
 

@@ -3,6 +3,7 @@ trace counts."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from lora_advisor.probes.adapter_products import (
     adapted_product,
 )
 from lora_advisor.probes.events import Work
-from lora_advisor.probes.fused_adapter import _fill
-from lora_advisor.probes.kernel_costs import describe, issued
+from lora_advisor.probes.fused_adapter import _fill, _has_own_kernel
+from lora_advisor.probes.kernel_costs import PACKED_ROWS, describe, issued
 from lora_advisor.probes.stand_ins import compiled_program
 
 ROWS, WIDTH, OUT, RANK = 24, 32, 48, 8
@@ -115,6 +116,18 @@ def test_a_share_far_below_the_outputs_last_place_is_not_lost(bias: float | None
     share = 1 / 128
     assert (output.double() - exact)[large].mean().item() == pytest.approx(share, rel=0.25)
     assert (after.double() - exact)[large].mean().item() < share / 4
+
+
+def test_few_rows_and_weights_that_a_cpu_has_packed_are_bitsandbytes_to_multiply() -> None:
+    def layer(state: Any) -> Any:
+        return SimpleNamespace(weight=SimpleNamespace(quant_state=state))
+
+    few, many = torch.empty(PACKED_ROWS, 1), torch.empty(PACKED_ROWS + 1, 1)
+    plain, packed = SimpleNamespace(), SimpleNamespace(packing_format_for_cpu=True)
+
+    assert not _has_own_kernel(layer(None), few)
+    assert _has_own_kernel(layer(plain), few) and not _has_own_kernel(layer(plain), many)
+    assert _has_own_kernel(layer(packed), many)
 
 
 def cost_of(name: str, *args: torch.Tensor) -> tuple[Any, Work]:

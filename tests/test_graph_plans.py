@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +122,22 @@ def test_a_search_looks_at_graphs_first_and_around_the_best_without(spec: Spec) 
     assert best.cuda_graph == "micro_batch"
     seen = {c.config for c in (*found.feasible, *found.infeasible)}
     assert 0 < sum(c.cuda_graph == "off" for c in seen) < 0.5 * len(seen)
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_segments_expand_first_but_on_windows(
+    platform: str, spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    here = dataclasses.replace(CARD.machine(), kind="cuda")
+    space = build_space(spec, here, detect_stack(), CARD)
+    first, *others = space.axes["allocator"]
+    on_windows = dict(space.excluded).get("allocator expandable_segments")
+    if platform == "win32":
+        assert first == "default" and not others
+        assert on_windows == "PyTorch's allocator has none on Windows"
+    else:
+        assert first == "expandable_segments" and others == ["default"] and on_windows is None
 
 
 def test_an_adapter_with_dropout_is_not_recorded(spec: Spec) -> None:

@@ -167,6 +167,8 @@ def test_another_machine_or_stack_is_another_place() -> None:
     assert same_place(result(), MACHINE, STACK)
     assert not same_place(result(), dataclasses.replace(MACHINE, driver="580.1"), STACK)
     assert not same_place(result(), MACHINE, dataclasses.replace(STACK, torch="2.13.0"))
+    assert not same_place(result(), MACHINE, dataclasses.replace(STACK, step=2))
+    assert dataclasses.replace(STACK, step=2).packages() == STACK.packages()
 
 
 def test_an_answer_has_only_fields_of_a_result(tmp_path: Path) -> None:

@@ -358,6 +358,10 @@ def test_another_training_in_the_folder_is_refused(
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(StackError, match=r"begun with torch 1\.0, which cannot go on exactly"):
         run(config, data, tmp_path)
+    state["stack"]["step"] = 1  # said alone: it is no package that could be installed
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    with pytest.raises(StackError, match="whose training step is another one, so it cannot go on"):
+        run(config, data, tmp_path)
     again = run(config, data, tmp_path, resume=False, max_steps=1, holdout=0)
     assert (again.steps, again.eval_loss_before, again.eval_loss_after) == (1, None, None)
     assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
